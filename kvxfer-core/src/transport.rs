@@ -1,0 +1,110 @@
+//! The seam behind which bytes move.
+//!
+//! A transport has one data-plane verb: write spans of registered local memory into pages of a
+//! peer's segment. The contract, which the conformance suite of `kvxfer-cuda` checks on each
+//! implementation:
+//!
+//! 1. A post is either refused (`Err`, and no event will ever follow) or accepted, and then ends in
+//!    exactly one [`Completion`].
+//! 2. `Ok` means that every byte is visible to the consumer.
+//! 3. An error says nothing about which bytes arrived, but says that no more will: a completion is
+//!    a local drain. Nothing is cancelled by waiting less.
+//! 4. Each completion carries the incarnation of the peer it concerns, so that one of a peer's
+//!    earlier life is recognised.
+//! 5. A post is validated as a whole before its first byte moves.
+
+use std::os::fd::OwnedFd;
+
+use crate::{Error, Incarnation, PostId, SegmentId};
+
+/// A piece of memory that the engine registered with its agent, in the order of registration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct RegionId(pub u32);
+
+/// One contiguous copy: `len` bytes from a registered region into a peer's segment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Write {
+    /// Where the bytes come from.
+    pub region: RegionId,
+    /// Offset in the region, in bytes.
+    pub src: u64,
+    /// The peer's segment.
+    pub segment: SegmentId,
+    /// Offset in the segment, in bytes.
+    pub dst: u64,
+    /// Bytes.
+    pub len: u64,
+}
+
+/// What a producer asks of a transport: some writes to one peer, and the checksum of what was
+/// written.
+#[derive(Clone, Copy, Debug)]
+pub struct Post<'a> {
+    /// Names the completion.
+    pub id: PostId,
+    /// Whose segments are written.
+    pub peer: Incarnation,
+    /// Seed of the checksum; see [`crate::sum`].
+    pub seed: u64,
+    /// Non-overlapping, in the order in which the checksum runs over them.
+    pub writes: &'a [Write],
+}
+
+/// The terminal event of a post.
+#[derive(Debug)]
+pub struct Completion {
+    /// The post.
+    pub id: PostId,
+    /// The peer it went to.
+    pub peer: Incarnation,
+    /// The checksum ([`crate::sum::Sum`]) of the bytes *as they were stored*, or why they were not.
+    pub result: Result<u64, Error>,
+}
+
+/// What a consumer hands to the one writer of a segment so that it can reach it.
+///
+/// `blob` means something to the transport of that name alone.
+#[derive(Debug)]
+pub struct SegmentHandle {
+    /// The transport's own description.
+    pub blob: Vec<u8>,
+    /// Bytes in the segment, as its owner states them.
+    pub bytes: u64,
+    /// File descriptors that came with it.
+    pub fds: Vec<OwnedFd>,
+}
+
+/// A way to move bytes to peers. Owned by one thread; no method blocks.
+pub trait Transport: Send {
+    /// The name of the path, as logs, metrics and `require_path` spell it.
+    fn name(&self) -> &'static str;
+
+    /// Makes a peer's segment writable from here. Attaching a segment again replaces it.
+    ///
+    /// # Errors
+    /// The handle is malformed, or not what its owner says it is.
+    fn attach(
+        &mut self,
+        peer: Incarnation,
+        segment: SegmentId,
+        handle: SegmentHandle,
+    ) -> Result<(), Error>;
+
+    /// Lets go of one segment of a peer, or of all. Posts under way are finished or failed first,
+    /// so their completions are out, or come out of the next [`Transport::poll`].
+    fn detach(&mut self, peer: Incarnation, segment: Option<SegmentId>);
+
+    /// Accepts or refuses a post.
+    ///
+    /// # Errors
+    /// A write leaves its region or segment, the segment is not attached, or the queue is full
+    /// (the one case in which [`Error::retryable`] holds).
+    fn post(&mut self, post: Post<'_>) -> Result<(), Error>;
+
+    /// Moves up to about `budget` bytes, where the caller's thread is what moves them, and appends
+    /// what ended to `out`.
+    fn poll(&mut self, budget: u64, out: &mut Vec<Completion>);
+
+    /// Posts accepted and not yet ended.
+    fn pending(&self) -> usize;
+}

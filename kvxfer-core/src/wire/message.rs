@@ -1,0 +1,303 @@
+//! Every message there is.
+//!
+//! Producer and consumer speak the first two groups; an observer (an engine's scheduler half)
+//! speaks the third with the agents of its own engine. All are idempotent: a repeated or late one
+//! changes nothing and is counted.
+
+use serde::{Deserialize, Serialize};
+
+use crate::layout::KvLayout;
+use crate::pool::Extent;
+use crate::{ChunkKey, ClaimId, GrantId, Incarnation, OfferId, SegmentId};
+
+/// The first message each way, dialler first. Nothing has an effect before both have passed.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hello {
+    /// Protocol versions the sender speaks, inclusive. The highest common one is used.
+    pub versions: (u16, u16),
+    /// Chunk-key versions the sender can compute, inclusive.
+    pub key_versions: (u16, u16),
+    /// Who sends.
+    pub incarnation: Incarnation,
+    /// What the dialler wants of the link; the listener echoes it.
+    pub purpose: Purpose,
+    /// The kernel's boot id: equal ones mean one host (containers included).
+    pub boot_id: [u8; 16],
+    /// Where the sender's Unix socket is, when it has one. Whoever shares the folder can be handed
+    /// memory.
+    pub unix_path: Option<String>,
+    /// For people: "decode-0 rank 1".
+    pub name: String,
+}
+
+/// What a link is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Purpose {
+    /// Learn the listener's [`Hello`], then close. The one purpose served over a connection that
+    /// proves nothing about the peer.
+    Locate,
+    /// The dialler is a producer and wants to write.
+    Push,
+    /// The dialler is the scheduler half of the listener's own engine.
+    Observe,
+}
+
+/// A chunk of a prompt, as it is offered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Chunk {
+    /// Its content name. Chunks of an offer or claim come in prompt order; each key chains on the one before.
+    pub key: ChunkKey,
+    /// Tokens in it: `chunk_tokens` of the layout, fewer in a prompt's last chunk.
+    pub tokens: u32,
+}
+
+/// Leave to write one chunk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Granted {
+    /// Which chunk of the offer.
+    pub chunk: u32,
+    /// The leave's number.
+    pub grant: GrantId,
+    /// Where: for each group in turn, extents that together hold its blocks.
+    pub extents: Vec<Extent>,
+}
+
+/// What became of a committed chunk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum CommitOutcome {
+    /// It can be claimed.
+    Indexed,
+    /// Another commit of the same key came first; this copy is dropped.
+    Duplicate,
+    /// The grant had expired or been revoked; this copy is dropped.
+    Expired,
+}
+
+/// How a claim stands. `ready` counts chunks from the claim's first on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ClaimStatus {
+    /// That many leading chunks are committed and pinned for this claim.
+    pub ready: u32,
+    /// That many leading chunks are pinned, being written, or waiting for room. At least `ready`.
+    pub coming: u32,
+    /// What holds up the chunk after the ready ones.
+    pub next: Next,
+}
+
+/// Why a claim's first chunk that is not ready is not.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Next {
+    /// Nothing: all of them are ready.
+    Done,
+    /// The producers are being asked whether they have it.
+    Asking,
+    /// A producer holds a grant for it and is writing, or is about to.
+    Writing,
+    /// A producer offered it and waits for room in the pool: loading what is ready makes room.
+    Stalled,
+    /// No connected producer has offered it.
+    Missing,
+    /// It was offered, and its producer went away or gave up.
+    Lost,
+    /// No producer is connected at all.
+    NoProducer,
+}
+
+/// What became of an offered chunk, from the observer's point of view: its blocks are no longer read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum PushOutcome {
+    /// Written and indexed by every consumer that wanted it, or already there.
+    Delivered,
+    /// At least one consumer did not take it: refused, no room in time, gone.
+    Skipped,
+}
+
+/// A message after the hellos.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Message {
+    // ---- either way -------------------------------------------------------------------------
+    /// I am alive.
+    Ping,
+    /// The link ends here, and why. For people; changes nothing by itself.
+    Bye {
+        /// One line.
+        reason: String,
+    },
+
+    // ---- producer to consumer ---------------------------------------------------------------
+    /// Our geometry. First on a [`Purpose::Push`] link; a differing one is answered by [`Message::Bye`].
+    Attach {
+        /// The producer's layout.
+        layout: KvLayout,
+    },
+    /// These chunks of this request can be had. From an observer to its producer: offer them to all consumers.
+    Offer {
+        /// Names the offer on this link.
+        offer: OfferId,
+        /// The engine's request id, for logs.
+        request: String,
+        /// In prompt order.
+        chunks: Vec<Chunk>,
+    },
+    /// Chunks of an offer that will not be pushed any more and are not granted. All of them when `chunks` is empty.
+    Withdraw {
+        /// The offer.
+        offer: OfferId,
+        /// Indices into it.
+        chunks: Vec<u32>,
+    },
+    /// Every write of the grant is terminal and visible: index it.
+    Commit {
+        /// The grant.
+        grant: GrantId,
+        /// Checksums of the stored bytes, one per layer, groups in order.
+        sums: Vec<u64>,
+    },
+    /// Every write of the grant is terminal and it will not be committed.
+    Abort {
+        /// The grant.
+        grant: GrantId,
+    },
+    /// Answers [`Message::Revoke`]: every write of the grant is terminal, none will follow.
+    FenceAck {
+        /// The grant.
+        grant: GrantId,
+    },
+    /// The writer is at it: move the deadlines of these grants, up to their cap.
+    Renew {
+        /// The grants.
+        grants: Vec<GrantId>,
+    },
+    /// Answers [`Message::Ask`].
+    Known {
+        /// The question.
+        ask: u64,
+        /// That many leading keys of the question are offered by this producer, or about to be.
+        known: u32,
+    },
+    /// Answers [`Message::Retire`]: the segment is no longer mapped here.
+    Retired {
+        /// The segment.
+        segment: SegmentId,
+        /// The generation that was let go.
+        generation: u32,
+    },
+
+    // ---- consumer to producer ---------------------------------------------------------------
+    /// A segment for this producer alone, before the first grant in it. Its descriptors travel beside the frame.
+    Segment {
+        /// Which.
+        segment: SegmentId,
+        /// Counts the times the segment's memory was replaced.
+        generation: u32,
+        /// Its size.
+        bytes: u64,
+        /// Which transport the blob is for.
+        transport: String,
+        /// The transport's own description.
+        blob: Vec<u8>,
+    },
+    /// Let go of a segment and say so.
+    Retire {
+        /// Which.
+        segment: SegmentId,
+        /// Which generation of it.
+        generation: u32,
+    },
+    /// Leave to write these chunks of an offer.
+    Granted {
+        /// The offer.
+        offer: OfferId,
+        /// How long the leave lasts from its receipt, in milliseconds, unless renewed.
+        deadline_ms: u32,
+        /// The chunks.
+        grants: Vec<Granted>,
+    },
+    /// These chunks are here already, and held for a claim for a while: nothing to do.
+    Have {
+        /// The offer.
+        offer: OfferId,
+        /// Indices into it.
+        chunks: Vec<u32>,
+    },
+    /// Another producer is writing these chunks. The outcome follows.
+    Pending {
+        /// The offer.
+        offer: OfferId,
+        /// Indices into it.
+        chunks: Vec<u32>,
+    },
+    /// No room now. The place in the queue is kept; grants follow without further asking.
+    Busy {
+        /// The offer.
+        offer: OfferId,
+        /// Offers ahead of this one.
+        ahead: u32,
+    },
+    /// These chunks can never be taken.
+    Refused {
+        /// The offer.
+        offer: OfferId,
+        /// Indices into it.
+        chunks: Vec<u32>,
+        /// Why, and what would help.
+        reason: String,
+    },
+    /// What became of a [`Message::Commit`].
+    CommitAck {
+        /// The grant.
+        grant: GrantId,
+        /// The outcome.
+        outcome: CommitOutcome,
+    },
+    /// Stop writing, drain, answer with [`Message::FenceAck`].
+    Revoke {
+        /// The grant.
+        grant: GrantId,
+    },
+    /// Are these offered, or about to be? One round trip, for a claim that found nothing.
+    Ask {
+        /// Names the question.
+        ask: u64,
+        /// A prompt's keys, in order.
+        keys: Vec<ChunkKey>,
+    },
+
+    // ---- observer and the agents of its engine ----------------------------------------------
+    /// Pin these chunks as they come, for one request.
+    Claim {
+        /// Names the claim on every rank.
+        claim: ClaimId,
+        /// The engine's request id, for logs.
+        request: String,
+        /// In prompt order.
+        chunks: Vec<Chunk>,
+        /// How long to wait for what is on its way, in milliseconds.
+        deadline_ms: u32,
+    },
+    /// How a claim stands. Sent once after the claim and whenever it changes.
+    Claimed {
+        /// The claim.
+        claim: ClaimId,
+        /// The state.
+        status: ClaimStatus,
+    },
+    /// Unpin. Chunks before `keep_from` and from `keep_to` on; everything when the two are equal.
+    Release {
+        /// The claim.
+        claim: ClaimId,
+        /// First chunk that stays claimed.
+        keep_from: u32,
+        /// First chunk after those.
+        keep_to: u32,
+    },
+    /// These chunks of an offer are not read any more.
+    Pushed {
+        /// The observer's offer.
+        offer: OfferId,
+        /// Indices into it.
+        chunks: Vec<u32>,
+        /// What became of them.
+        outcome: PushOutcome,
+    },
+}
