@@ -1,0 +1,1 @@
+//! Which committed chunks to give up, and when.

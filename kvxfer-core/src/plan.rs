@@ -1,0 +1,1 @@
+//! Block ids to contiguous writes.

@@ -1,0 +1,5 @@
+//! Frames and messages.
+
+pub mod message;
+
+pub use message::{Hello, Message, Purpose};

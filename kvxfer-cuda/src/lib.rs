@@ -1,0 +1,1 @@
+//! Performs what `kvxfer-core` decides: sockets, memory, transports, threads.
