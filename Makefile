@@ -1,0 +1,79 @@
+# Every target says what it does. The heavy Python environment (vLLM for CPU) lives
+# outside the tree: env/setup builds it once per lock file; target/venv is the view of
+# it that has this tree's kvxfer installed.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.ONESHELL:
+.PHONY: help demo test rust python e2e bench fmt clean
+
+# Cut once here, so that a log shows where the minutes went.
+say = printf '\n\033[1m[%(%H:%M:%S)T] %s\033[0m\n' -1 "$(1)"
+VENV := target/venv/bin
+PYTHON_CODE := kvxfer-py examples env
+# Not a path of this machine: env/setup prints where it put the environment.
+TOOLS = $$(env/setup)/venv/bin
+
+help: ## this list
+	@echo "kvxfer: KV caches from a prefill engine to a decode engine"
+	echo
+	grep -hE '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):[^#]*## /\1\t/' | expand -t 10 | sed 's/^/  make /'
+	echo
+	echo "The environment of the tests and the demo: $${KVXFER_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/kvxfer}, about 7 GB, made by the first target that needs it"
+
+demo: ## prefill and decode in two real vLLM servers with kvxfer between them (PROMPT="..." for your own text)
+	@$(call say,kvxfer demo: the environment and the wheel)
+	python=$$(env/install)
+	exec "$$python" examples/disaggregated-prefill/demo.py
+# As an environment variable, so that no shell reads the text.
+export PROMPT
+
+test: rust python e2e ## everything: Rust, Python, types, and two real engines end to end
+	@$(call say,all tests passed)
+
+rust: ## formatting, clippy, Rust tests and doc tests
+	@$(call say,rust: formatting)
+	cargo fmt --all --check
+	$(call say,rust: clippy)
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+	$(call say,rust: tests)
+	if cargo nextest --version >/dev/null 2>&1; then
+		cargo nextest run --workspace --locked --no-fail-fast
+	else
+		cargo test --workspace --locked --no-fail-fast --lib --bins --tests --examples
+	fi
+	$(call say,rust: doc tests)
+	cargo test --workspace --locked --doc
+
+python: ## the wheel, ruff, mypy, the stubs against the binary, and the Python tests without engines
+	@$(call say,python: the environment and the wheel)
+	python=$$(env/install)
+	$(call say,python: ruff)
+	"$(TOOLS)/ruff" format --check $(PYTHON_CODE)
+	"$(TOOLS)/ruff" check $(PYTHON_CODE)
+	$(call say,python: types)
+	"$$python" -m mypy --config-file kvxfer-py/pyproject.toml kvxfer-py/python examples/disaggregated-prefill kvxfer-py/tests/engines
+	"$$python" -m mypy.stubtest kvxfer._kvxfer
+	$(call say,python: tests without engines)
+	"$$python" -m pytest kvxfer-py/tests examples/disaggregated-prefill -m "not e2e" -q
+
+e2e: ## two real vLLM engines on a real and on a tiny model, faults included
+	@$(call say,e2e: the environment and the wheel)
+	python=$$(env/install)
+	$(call say,e2e: two real engines; their logs are in target/logs)
+	"$$python" -m pytest kvxfer-py/tests/e2e -m e2e --durations 15 -v
+
+bench: ## criterion benchmarks and the machine's own copy limit (target/reports/bench.json)
+	@$(call say,bench)
+	cargo bench --package kvxfer-benches --locked
+
+fmt: ## format Rust and Python
+	@$(call say,fmt)
+	cargo fmt --all
+	tools=$(TOOLS)
+	"$$tools/ruff" format $(PYTHON_CODE)
+	"$$tools/ruff" check --fix $(PYTHON_CODE)
+
+clean: ## remove target/ (the environment in the cache stays)
+	@$(call say,clean: removing target/)
+	rm -rf target
