@@ -67,8 +67,6 @@ pub struct Granted {
 pub enum CommitOutcome {
     /// It can be claimed.
     Indexed,
-    /// Another commit of the same key came first; this copy is dropped.
-    Duplicate,
     /// The grant had expired or been revoked; this copy is dropped.
     Expired,
 }
@@ -168,12 +166,10 @@ pub enum Message {
         /// The grants.
         grants: Vec<GrantId>,
     },
-    /// Answers [`Message::Ask`].
-    Known {
+    /// Answers [`Message::Ask`]: whatever this producer had to offer before, it has offered.
+    Told {
         /// The question.
         ask: u64,
-        /// That many leading keys of the question are offered by this producer, or about to be.
-        known: u32,
     },
     /// Answers [`Message::Retire`]: the segment is no longer mapped here.
     Retired {
@@ -255,12 +251,11 @@ pub enum Message {
         /// The grant.
         grant: GrantId,
     },
-    /// Are these offered, or about to be? One round trip, for a claim that found nothing.
+    /// Have you offered all you have? A barrier of one round trip, for a claim that found nothing:
+    /// a link keeps its order, so after the answer an absent offer does not exist.
     Ask {
         /// Names the question.
         ask: u64,
-        /// A prompt's keys, in order.
-        keys: Vec<ChunkKey>,
     },
 
     // ---- observer and the agents of its engine ----------------------------------------------
