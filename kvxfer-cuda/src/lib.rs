@@ -1,1 +1,3 @@
 //! Performs what `kvxfer-core` decides: sockets, memory, transports, threads.
+
+pub mod fds;
