@@ -151,7 +151,7 @@ mod tests {
     fn what_cannot_be_sent_is_refused_before_it_is() {
         let (left, _right) = UnixStream::pair().unwrap();
         let file = null();
-        let many = vec![file.as_fd(); MAX_FDS + 1];
+        let many = [file.as_fd(); MAX_FDS + 1];
         for (bytes, fds) in [(&b"x"[..], &many[..]), (b"", &many[..1])] {
             let error = send_with_fds(&left, bytes, fds).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
