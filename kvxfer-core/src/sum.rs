@@ -107,9 +107,20 @@ pub const fn word_key(seed: u64, index: u64) -> u64 {
     seed.wrapping_add(index.wrapping_add(1).wrapping_mul(STEP))
 }
 
+/// The seed under which word 0 has the key that the word at `index` has under `seed`.
+///
+/// So a post of the blocks from the j-th on of a chunk, posted with `seed_at(seed, j *
+/// words(block))`, completes with its share of the chunk's sum: `Sum::at(s, i)` and
+/// `Sum::new(seed_at(s, i))` add the same.
+#[inline]
+pub const fn seed_at(seed: u64, index: u64) -> u64 {
+    seed.wrapping_add(index.wrapping_mul(STEP))
+}
+
 /// `t_i` of the definition: what a word adds to the sum. For loops that copy and add at once.
 ///
-/// Xor, shift, one 32×32→64-bit multiplication and an addition, all of which SSE2 and up have for vectors.
+/// Xor, shift, one 32×32→64-bit multiplication and an addition, all of which SSE2 and up have for
+/// vectors.
 #[inline]
 pub const fn term(word: u64, key: u64) -> u64 {
     let x = word ^ key;
@@ -119,10 +130,10 @@ pub const fn term(word: u64, key: u64) -> u64 {
 /// The seed for one layer of one granted chunk, so that the right bytes in the wrong place, or of an
 /// earlier grant, do not verify. `layer` is the flat index, `len` the bytes summed.
 ///
-/// Folds the eight numbers (the key as four little-endian words, then the others in the order of the
-/// parameters) into a state that starts at 0: `h = mix((h xor number) + STEP)`, where `mix` is the
-/// finaliser of SplitMix64 (Steele, Lea, Flood 2014; shifts and factors by Stafford, variant 13). Each step is a
-/// bijection, so two inputs that differ in one number never share a seed.
+/// Folds the eight numbers (the key as four little-endian words, then the others in the order of
+/// the parameters) into a state that starts at 0: `h = mix((h xor number) + STEP)`, where `mix` is
+/// the finaliser of SplitMix64 (Steele, Lea, Flood 2014; shifts and factors by Stafford, variant
+/// 13). Each step is a bijection, so two inputs that differ in one number never share a seed.
 pub fn seed(key: &ChunkKey, layer: u32, group: u16, grant: GrantId, len: u64) -> u64 {
     let (words, _) = key.0.as_chunks::<8>();
     let place = [u64::from(layer), u64::from(group), grant.0, len];

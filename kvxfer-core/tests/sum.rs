@@ -1,6 +1,6 @@
 //! The checksum: its golden values, what it detects, and that it adds up from parts.
 
-use kvxfer_core::sum::{STEP, Sum, seed, term, word_key, words};
+use kvxfer_core::sum::{STEP, Sum, seed, seed_at, term, word_key, words};
 use kvxfer_core::{ChunkKey, GrantId};
 use proptest::prelude::*;
 
@@ -75,6 +75,9 @@ proptest! {
             part.update(span);
             index += words(span.len() as u64);
             prop_assert_eq!(part.index(), index);
+            let mut moved = Sum::new(seed_at(seed, index - words(span.len() as u64)));
+            moved.update(span);
+            prop_assert_eq!(moved.finish(), part.finish());
             parts.push(part.finish());
         }
         let turn = order as usize % parts.len().max(1);
