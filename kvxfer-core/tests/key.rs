@@ -72,6 +72,9 @@ fn fields_are_delimited() {
         keys(&[1, 2, 0, 0], &[]),
         keys(&[1, 2], &[&[0; 8]]),
         keys(&[1, 0, 0], &[&[]]),
+        // One and the same but for the count of tokens.
+        keys(&[1, 8, 0], &[]),
+        keys(&[1], &[&[0; 8]]),
     ];
     for (i, a) in variants.iter().enumerate() {
         assert!(variants[..i].iter().all(|b| all_differ(a, b)), "{i}");
