@@ -21,12 +21,12 @@ help: ## this list
 	echo
 	echo "The environment of the tests and the demo: $${KVXFER_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/kvxfer}, about 7 GB, made by the first target that needs it"
 
-demo: ## prefill and decode in two real vLLM servers with kvxfer between them (PROMPT="..." for your own text)
+demo: ## prefill and decode in two real vLLM servers with kvxfer between them (PROMPT="..." takes your text, KEEP=1 leaves them up)
 	@$(call say,kvxfer demo: the environment and the wheel)
 	python=$$(env/install)
 	exec "$$python" examples/disaggregated-prefill/demo.py
-# As an environment variable, so that no shell reads the text.
-export PROMPT
+# As environment variables, so that no shell reads the text.
+export PROMPT KEEP
 
 test: rust python e2e ## everything: Rust, Python, types, and two real engines end to end
 	@$(call say,all tests passed)
@@ -55,13 +55,15 @@ python: ## the wheel, ruff, mypy, the stubs against the binary, and the Python t
 	"$$python" -m mypy --config-file kvxfer-py/pyproject.toml kvxfer-py/python examples/disaggregated-prefill kvxfer-py/tests/engines
 	"$$python" -m mypy.stubtest kvxfer._kvxfer
 	$(call say,python: tests without engines)
-	"$$python" -m pytest kvxfer-py/tests examples/disaggregated-prefill -m "not e2e" -q
+	config=kvxfer-py/pyproject.toml
+	"$$python" -m pytest -c $$config -m "not e2e" -q kvxfer-py/tests
+	"$$python" -m pytest -c $$config -q examples/disaggregated-prefill
 
 e2e: ## two real vLLM engines on a real and on a tiny model, faults included
 	@$(call say,e2e: the environment and the wheel)
 	python=$$(env/install)
 	$(call say,e2e: two real engines; their logs are in target/logs)
-	"$$python" -m pytest kvxfer-py/tests/e2e -m e2e --durations 15 -v
+	"$$python" -m pytest -c kvxfer-py/pyproject.toml kvxfer-py/tests/e2e --durations 15 -v
 
 bench: ## criterion benchmarks and the machine's own copy limit (target/reports/bench.json)
 	@$(call say,bench)
