@@ -1,0 +1,525 @@
+//! Listening, dialling, hellos, and messages over TCP and Unix sockets.
+//!
+//! [`Control`] belongs to one thread, which calls [`Control::poll`] in a loop. Nothing here blocks but
+//! that call, and nothing locks.
+//!
+//! * **Trust.** A Unix socket in a folder that only this user can enter, with a process of this user at
+//!   the other end, is trusted: descriptors may cross. TCP proves nothing. Over it a listener tells where
+//!   its Unix socket is ([`Purpose::Locate`]) and no more, unless `allow_insecure` is set on both sides.
+//! * **Time** is what the caller says it is. It is read once, when `poll` begins; what happens while
+//!   `poll` waits is dated by the next call, so that a lease is never judged too short. Timers run only
+//!   with a time that is fresh, and after what had come in was read.
+//! * **Ends.** Each [`Event::Up`] is followed by exactly one [`Event::Down`] of that link, unless
+//!   [`Control::close`] was called. A peer that is dialled is dialled again until [`Control::forget`].
+//! * **Limits.** Frames, queues, links and the time for a hello are bounded. Bytes that are no hello, or a
+//!   peer that does not read, end that one connection. When descriptors run out, accepting pauses and who
+//!   dials waits in the kernel's queue; a spare descriptor would only let us turn them away.
+
+mod address;
+mod dialer;
+mod folder;
+mod greeting;
+mod link;
+mod listener;
+mod peer;
+mod poller;
+mod timers;
+
+use std::collections::BTreeMap;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use kvxfer_core::wire::{self, Hello, Message, Purpose};
+use kvxfer_core::{Error, ErrorKind, LinkId, Result, Time};
+use rustix::io::Errno;
+
+use dialer::Dial;
+use folder::UnixListener;
+use link::{Arrival, Link, Read, Stage};
+use listener::{Accepting, TcpListener};
+use poller::{Poller, Ready};
+use timers::Throttle;
+
+pub use address::Address;
+pub use poller::Waker;
+
+/// Tokens of the listeners; links count from [`FIRST_LINK`].
+const TCP: u64 = 0;
+const UNIX: u64 = 1;
+const FIRST_LINK: u64 = 2;
+
+/// Queued bytes that are written at once instead of by the next poll.
+const WRITE_NOW: usize = 64 << 10;
+
+/// What a [`Control`] is made from.
+#[derive(Clone, Debug)]
+pub struct ControlConfig {
+    /// Where to listen: a TCP address, beside the socket in `socket_dir`; or the very path of a Unix
+    /// socket, in place of it.
+    pub listen: Option<Address>,
+    /// The folder for this agent's Unix socket, and for it alone: created with mode 0700, or verified.
+    /// `None`: no Unix socket, for who only dials.
+    pub socket_dir: Option<PathBuf>,
+    /// Who can be dialled; [`Control::dial`] counts them from 0.
+    pub peers: Vec<Address>,
+    /// Also run links over TCP, where nothing proves who the peer is.
+    pub allow_insecure: bool,
+    /// What to say of ourselves. `purpose` and `unix_path` are filled in.
+    pub hello: Hello,
+    /// The bounds.
+    pub limits: Limits,
+    /// Seed of the jitter between dials.
+    pub seed: u64,
+}
+
+impl ControlConfig {
+    /// Listens nowhere, dials nobody, trusts Unix sockets only.
+    pub fn new(hello: Hello) -> Self {
+        Self {
+            listen: None,
+            socket_dir: None,
+            peers: Vec::new(),
+            allow_insecure: false,
+            seed: u64::from_le_bytes(hello.incarnation.0[..8].try_into().expect("eight bytes")),
+            hello,
+            limits: Limits::default(),
+        }
+    }
+}
+
+/// The bounds of a [`Control`]. `silence` must be the same on all agents.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Connections at one time, those without a hello included.
+    pub max_links: usize,
+    /// From the beginning of a connection until the other side's hello.
+    pub hello_timeout: Duration,
+    /// The first pause between two dials; it doubles, and is jittered down to a half.
+    pub backoff: Duration,
+    /// The longest pause between two dials.
+    pub backoff_max: Duration,
+    /// A link on which nothing came for that long is down. Each side says something three times as often.
+    pub silence: Duration,
+    /// Bytes that wait for a peer to read them. Room for a few of the largest frames.
+    pub queue_bytes: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            max_links: 1024,
+            hello_timeout: Duration::from_secs(2),
+            backoff: Duration::from_millis(50),
+            backoff_max: Duration::from_secs(5),
+            silence: Duration::from_secs(10),
+            queue_bytes: 8 << 20,
+        }
+    }
+}
+
+/// What [`Control::poll`] tells.
+#[derive(Debug)]
+pub enum Event {
+    /// Both hellos have passed.
+    Up {
+        /// The link.
+        link: LinkId,
+        /// Which configured peer was dialled; `None` if the peer dialled us.
+        dialled: Option<usize>,
+        /// What the dialler wants.
+        purpose: Purpose,
+        /// What the peer says of itself.
+        peer: Hello,
+        /// The protocol version of this link.
+        version: u16,
+        /// The peer's process, if it is on this host and in a PID namespace that we see.
+        pid: Option<u32>,
+        /// Readable once that process is dead. On every Unix link, unless the kernel is older than 6.5
+        /// and the namespaces differ.
+        pidfd: Option<OwnedFd>,
+        /// Whether this is a Unix socket, so that descriptors can be sent.
+        can_pass_fds: bool,
+        /// Why it is not a Unix socket, if it is not.
+        why_not_unix: Option<String>,
+    },
+    /// The peer says something. [`Message::Ping`] and [`Message::Bye`] are dealt with here.
+    Message {
+        /// The link.
+        link: LinkId,
+        /// What.
+        message: Message,
+        /// What came beside it.
+        fds: Vec<OwnedFd>,
+    },
+    /// The link is gone.
+    Down {
+        /// The link.
+        link: LinkId,
+        /// Why.
+        error: Error,
+    },
+    /// A dial did not become a link. The next one follows by itself.
+    DialFailed {
+        /// Which configured peer.
+        peer: usize,
+        /// Why.
+        error: Error,
+        /// After about that long.
+        retry_in: Duration,
+    },
+}
+
+/// What was turned away, for metrics.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Accepted connections that ended without a link, other than [`Purpose::Locate`].
+    pub refused: u64,
+    /// Connections closed at once because there were [`Limits::max_links`].
+    pub over_limit: u64,
+    /// Times that accepting paused for want of descriptors or memory.
+    pub accept_pauses: u64,
+}
+
+/// The control sockets of one agent. See the [module](self).
+#[derive(Debug)]
+pub struct Control {
+    config: ControlConfig,
+    poller: Poller,
+    tcp: Option<TcpListener>,
+    unix: Option<UnixListener>,
+    addresses: Vec<Address>,
+    accepting: Accepting,
+    links: BTreeMap<LinkId, Link>,
+    last_link: u64,
+    /// One per configured peer.
+    dials: Vec<Option<Dial>>,
+    resolved: dialer::Resolutions,
+    /// Links whose bytes are to be written before the next wait.
+    dirty: Vec<LinkId>,
+    /// Links marked `fresh`.
+    fresh: Vec<LinkId>,
+    /// What the time was when `poll` last began.
+    now: Time,
+    /// No timer is due before this.
+    next_due: Option<Time>,
+    events: Vec<Event>,
+    counts: Counts,
+    strangers: Throttle,
+    shortages: Throttle,
+    scratch: Box<[u8]>,
+    arrivals: Vec<Arrival>,
+    ready: Vec<Ready>,
+}
+
+impl Control {
+    /// Opens the listening sockets.
+    ///
+    /// # Errors
+    /// An address is in use or not ours, or the socket folder is not ours alone; each names what to do.
+    pub fn new(mut config: ControlConfig) -> Result<Self> {
+        let poller = Poller::new()?;
+        let (mut tcp, mut unix) = (None, None);
+        match (&config.listen, &config.socket_dir) {
+            (Some(Address::Unix(path)), _) => unix = Some(UnixListener::at(path)?),
+            (_, Some(folder)) => unix = Some(UnixListener::in_folder(folder, &config.hello)?),
+            _ => {}
+        }
+        if let Some(Address::Tcp { host, port }) = &config.listen {
+            tcp = Some(TcpListener::bind(host, *port)?);
+        }
+        let mut addresses = Vec::new();
+        if let Some(listener) = &tcp {
+            poller.add(&listener.socket, TCP, false)?;
+            addresses.push(listener.address.clone());
+        }
+        config.hello.unix_path = None;
+        if let Some(listener) = &unix {
+            poller.add(&listener.socket, UNIX, false)?;
+            addresses.push(Address::Unix(listener.path.clone()));
+            config.hello.unix_path = listener.path.to_str().map(str::to_owned);
+        }
+        Ok(Self {
+            resolved: dialer::Resolutions::new(poller.waker()),
+            poller,
+            tcp,
+            unix,
+            addresses,
+            accepting: Accepting::Open,
+            links: BTreeMap::new(),
+            last_link: FIRST_LINK,
+            dials: config.peers.iter().map(|_| None).collect(),
+            config,
+            dirty: Vec::new(),
+            fresh: Vec::new(),
+            now: Time::ZERO,
+            next_due: None,
+            events: Vec::new(),
+            counts: Counts::default(),
+            strangers: Throttle::default(),
+            shortages: Throttle::default(),
+            scratch: vec![0; 64 << 10].into(),
+            arrivals: Vec::new(),
+            ready: Vec::new(),
+        })
+    }
+
+    /// Where others can reach us: the TCP address with its real port, then the Unix socket.
+    pub fn addresses(&self) -> &[Address] {
+        &self.addresses
+    }
+
+    /// Wakes [`Control::poll`] from other threads.
+    pub fn waker(&self) -> Waker {
+        self.poller.waker()
+    }
+
+    /// What was turned away so far.
+    pub fn counts(&self) -> Counts {
+        self.counts
+    }
+
+    /// Queues a message. It goes out by the next poll at the latest.
+    ///
+    /// # Errors
+    /// No such link ([`ErrorKind::NotFound`]); descriptors over TCP, or too many, or a message that
+    /// cannot be encoded: nothing was queued. A peer that does not read so that the queue is full:
+    /// the link is gone, and its [`Event::Down`] follows.
+    pub fn send(&mut self, link: LinkId, message: &Message, fds: &[BorrowedFd<'_>]) -> Result<()> {
+        let limit = self.config.limits.queue_bytes;
+        let us = self.config.hello.incarnation;
+        let found = self.links.get_mut(&link);
+        let Some((open, version)) = found.and_then(|open| match open.stage {
+            Stage::Up { version, .. } => Some((open, version)),
+            _ => None,
+        }) else {
+            return Err(ErrorKind::NotFound.error(format!("there is no link {link}")));
+        };
+        if !fds.is_empty() && open.unix.is_none() {
+            let about = format!("descriptors cannot be sent to {} over TCP", open.remote);
+            return Err(ErrorKind::NoPath.error(about));
+        }
+        open.outbox.push(fds, |bytes| wire::encode(message, us, version, bytes))?;
+        if open.outbox.len() > limit {
+            // What the socket takes right now does not count.
+            let result = open.flush().and_then(|_| match open.outbox.len() > limit {
+                false => Ok(()),
+                true => Err(ErrorKind::PeerLost
+                    .error(format!("the peer does not read: more than {limit} bytes wait for it"))),
+            });
+            if let Err(error) = result {
+                let error = open.named(&error);
+                self.end(link, error.clone());
+                return Err(error);
+            }
+        }
+        if open.outbox.len() >= WRITE_NOW {
+            self.flush(link);
+        } else {
+            self.dirty.push(link);
+        }
+        Ok(())
+    }
+
+    /// Closes a link, with a word to the peer if it can be had at once. No [`Event::Down`] follows.
+    pub fn close(&mut self, link: LinkId, reason: &str) {
+        let us = self.config.hello.incarnation;
+        if let Some(open) = self.links.get_mut(&link)
+            && let Stage::Up { version, .. } = open.stage
+        {
+            let bye = Message::Bye { reason: wire::bounds::reason(reason) };
+            let _ = open.outbox.push(&[], |bytes| wire::encode(&bye, us, version, bytes));
+            let _ = open.flush();
+            self.forget_link(link);
+        }
+    }
+
+    /// Waits for at most `timeout` (`None`: until something happens), reads and writes what the
+    /// sockets hold and take, runs the timers that are due at `now`, and appends what came of it.
+    ///
+    /// # Errors
+    /// The kernel refuses to wait. Nothing that a peer does is an error here.
+    pub fn poll(
+        &mut self,
+        now: Time,
+        timeout: Option<Duration>,
+        out: &mut Vec<Event>,
+    ) -> Result<()> {
+        self.now = self.now.max(now);
+        self.date();
+        self.flush_dirty();
+        let due = self.next_due.is_some_and(|due| due <= self.now);
+        let until_due = self.next_due.map(|due| due.saturating_sub(self.now));
+        let wait = match due || !self.events.is_empty() {
+            true => Some(Duration::ZERO),
+            false => [timeout, until_due].into_iter().flatten().min(),
+        };
+        let mut ready = std::mem::take(&mut self.ready);
+        let waited = self.poller.wait(wait, &mut ready);
+        for ready in &ready {
+            self.serve(*ready);
+        }
+        self.ready = ready;
+        self.take_resolutions();
+        if due {
+            self.run_timers();
+        }
+        self.flush_dirty();
+        out.append(&mut self.events);
+        waited
+    }
+
+    /// When [`Control::poll`] has something to do although nothing comes in. Never too late.
+    pub fn next_timeout(&self) -> Option<Time> {
+        match self.events.is_empty() && self.dirty.is_empty() {
+            true => self.next_due,
+            false => Some(self.now),
+        }
+    }
+
+    fn serve(&mut self, ready: Ready) {
+        match ready.token {
+            TCP | UNIX => self.accept(ready.token),
+            id => {
+                let id = LinkId(id);
+                if ready.write {
+                    match self.links.get(&id).map(|link| &link.stage) {
+                        Some(Stage::Connecting) => return self.connected(id),
+                        Some(_) => self.flush(id),
+                        None => return,
+                    }
+                }
+                if ready.read {
+                    self.read(id);
+                }
+            }
+        }
+    }
+
+    /// Reads a link and acts on the frames.
+    fn read(&mut self, id: LinkId) {
+        let Some(link) = self.links.get_mut(&id) else { return };
+        let mut arrivals = std::mem::take(&mut self.arrivals);
+        let result = link.read(&mut self.scratch, &mut arrivals);
+        if !matches!(result, Ok(Read::End)) {
+            mark(&mut link.fresh, &mut self.fresh, id);
+        }
+        for (frame, fds) in arrivals.drain(..) {
+            if self.links.contains_key(&id)
+                && let Err(error) = self.take(id, frame, fds)
+            {
+                self.end(id, error);
+            }
+        }
+        self.arrivals = arrivals;
+        let Some(link) = self.links.get(&id) else { return };
+        match result {
+            Ok(Read::Open) => {}
+            Ok(Read::End) => {
+                let error = ErrorKind::PeerLost.error("the peer closed the connection");
+                self.end(id, link.named(&error));
+            }
+            Err(error) => self.end(id, link.named(&error)),
+        }
+    }
+
+    /// Writes what is queued, and watches for room if that is not all.
+    fn flush(&mut self, id: LinkId) {
+        let Some(link) = self.links.get_mut(&id) else { return };
+        if matches!(link.stage, Stage::Connecting) {
+            return;
+        }
+        let before = link.outbox.len();
+        match link.flush() {
+            Ok(empty) => {
+                if link.outbox.len() < before {
+                    link.said = self.now;
+                }
+                if link.watches_write == empty {
+                    link.watches_write = !empty;
+                    if let Err(error) = self.poller.modify(&link.socket, id.0, !empty) {
+                        self.end(id, error);
+                    }
+                }
+            }
+            // What the peer said before it closed is read first.
+            Err(error) => {
+                let error = link.named(&error);
+                self.read(id);
+                self.end(id, error);
+            }
+        }
+    }
+
+    fn flush_dirty(&mut self) {
+        while let Some(id) = self.dirty.pop() {
+            self.flush(id);
+        }
+    }
+
+    /// Adds a connection and watches it. Its hello clock starts with the next poll.
+    fn add(&mut self, make: impl FnOnce(LinkId) -> Link) -> Result<LinkId> {
+        self.last_link += 1;
+        let id = LinkId(self.last_link);
+        let mut link = make(id);
+        link.watches_write = matches!(link.stage, Stage::Connecting);
+        self.poller.add(&link.socket, id.0, link.watches_write)?;
+        mark(&mut link.fresh, &mut self.fresh, id);
+        self.links.insert(id, link);
+        self.due_at(self.now + self.config.limits.hello_timeout);
+        Ok(id)
+    }
+
+    fn forget_link(&mut self, id: LinkId) -> Option<Link> {
+        let link = self.links.remove(&id)?;
+        self.poller.remove(&link.socket);
+        if let Some(peer) = link.dialled {
+            self.dial_ended(peer, &link);
+        }
+        Some(link)
+    }
+
+    /// Ends a connection that nobody asked to end, and tells who has to know.
+    fn end(&mut self, id: LinkId, error: Error) {
+        let Some(link) = self.links.get(&id) else { return };
+        match (&link.stage, link.dialled) {
+            (Stage::Up { .. }, _) => {
+                self.forget_link(id);
+                self.events.push(Event::Down { link: id, error });
+            }
+            (_, Some(peer)) => self.attempt_failed(peer, id, error),
+            (_, None) => {
+                if let Some(link) = self.forget_link(id) {
+                    self.turned_away(&link, &error);
+                }
+            }
+        }
+    }
+}
+
+impl Drop for Control {
+    fn drop(&mut self) {
+        for link in self.links.keys().copied().collect::<Vec<_>>() {
+            self.close(link, "the agent is closing");
+        }
+    }
+}
+
+/// Marks a link as fresh, once.
+fn mark(flag: &mut bool, list: &mut Vec<LinkId>, id: LinkId) {
+    if !*flag {
+        *flag = true;
+        list.push(id);
+    }
+}
+
+/// An error of the operating system.
+fn failed(what: &str, errno: Errno) -> Error {
+    let error = ErrorKind::Io.error(format!("{what}: {}", std::io::Error::from(errno)));
+    match errno {
+        Errno::MFILE | Errno::NFILE => {
+            error.fix("raise the limit on open files (ulimit -n)").retry()
+        }
+        _ => error,
+    }
+}
