@@ -1,0 +1,170 @@
+"""The native half of kvxfer.
+
+Every call that may block or lock releases the GIL. Every class that owns a thread has an
+idempotent `close()`. Errors are subclasses of `KvxferError`.
+"""
+
+from collections.abc import Mapping, Sequence
+
+__version__: str
+
+def build_info() -> dict[str, object]:
+    """Version, build profile, and which transports and drivers this build and machine have."""
+
+class Layout:
+    """The geometry of one rank's KV: what two sides must agree on. Frozen."""
+
+    def __init__(
+        self,
+        *,
+        model: str,
+        dtype: str,
+        chunk_tokens: int,
+        groups: Sequence[tuple[int, Sequence[int]]],
+        shard: tuple[int, int] = (0, 1),
+        tags: Mapping[str, str] = ...,
+    ) -> None:
+        """`groups`: for each KV-cache group, the tokens in a block and the bytes of a block in
+        each of its layers, in execution order. "Flat layer" numbers count them through."""
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page: one block of every layer of the largest group."""
+    @property
+    def fingerprint(self) -> str:
+        """Hash over everything but the shard."""
+    @property
+    def chunk_tokens(self) -> int:
+        """Tokens in a chunk."""
+
+class Keys:
+    """The content names of a prompt's chunks, in order; `len()` counts chunks."""
+
+    def __len__(self) -> int: ...
+    @property
+    def tokens(self) -> int:
+        """Tokens in all chunks together. Only the last chunk may be short."""
+
+class Keyspace:
+    """Turns tokens into keys."""
+
+    def __init__(self, layout: Layout, realm: bytes = b"") -> None: ...
+    def chain(self, tokens: bytes, extras: Sequence[bytes] | None = None) -> Keys:
+        """`tokens`: little-endian u32s. `extras`: for each chunk whatever else determines its KV
+        (adapter, images, salt)."""
+
+class Loaded:
+    """How a load ended. Frozen."""
+
+    @property
+    def load(self) -> int: ...
+    @property
+    def error(self) -> str | None:
+        """Why it failed, or None. After a failure the target blocks hold anything."""
+    @property
+    def bytes(self) -> int:
+        """Bytes copied into the engine's blocks."""
+    @property
+    def tokens(self) -> int:
+        """Tokens of the chunks copied."""
+    @property
+    def seconds(self) -> float:
+        """From `Agent.load` to the end."""
+    @property
+    def path(self) -> str:
+        """How the bytes came to this host's pool: "shm", "tcp", …"""
+
+class Agent:
+    """One engine rank's memory, peers and transfers; one progress thread inside."""
+
+    def __init__(
+        self,
+        *,
+        role: str,
+        layout: Layout,
+        name: str,
+        listen: str | None,
+        peers: Sequence[str],
+        socket_dir: str | None,
+        buffer_size: int,
+        gc: bool,
+        gc_policy: str,
+        high_watermark: float,
+        low_watermark: float,
+        unclaimed_ttl: float,
+        load_timeout: float,
+        hold_timeout: float,
+        lease: float,
+        allow_insecure: bool,
+        require_path: str | None,
+    ) -> None:
+        """`role`: "producer", "consumer" or "both". `listen` and `peers`: "host:port" or
+        "unix:/path". `gc_policy`: "drop" (after retrieve) or "keep". Times are seconds."""
+    @property
+    def address(self) -> str:
+        """The Unix address at which observers of this engine connect."""
+    def register(self, layers: Sequence[tuple[int, int, int]]) -> None:
+        """The engine's KV memory, one entry per flat layer: the address of block 0, the number
+        of blocks, and the bytes between the starts of two blocks."""
+    def begin_step(self, ranges: Sequence[tuple[int, int, Sequence[bytes]]]) -> None:
+        """What this step completes: (offer, first chunk, for each group the little-endian u32
+        ids of all blocks of these chunks, 0xFFFFFFFF where there is none).
+
+        The offer may still be on its way from the observer. A chunk that is not wanted, or was
+        withdrawn meanwhile, is not read, and is reported as pushed like any other."""
+    def layer_ready(self, layer: int) -> None:
+        """That flat layer of this step's ranges may be read. An optimisation: may be skipped."""
+    def end_step(self) -> None:
+        """All layers of this step's ranges may be read, until they are reported as pushed."""
+    def load(
+        self, load: int, claim: int, first_chunk: int, chunks: int, blocks: Sequence[bytes]
+    ) -> None:
+        """Copies claimed chunks into the engine's blocks, those still on their way as they come.
+
+        `blocks`: for each group the ids of all blocks of these chunks, 0xFFFFFFFF where nothing
+        is to be loaded. Once it returned, `poll` reports the load exactly once, within
+        `load_timeout`; when it raised, never."""
+    def poll(self) -> list[Loaded]:
+        """The loads that ended since the last call. Nothing is written to their blocks any more."""
+    def stats(self) -> dict[str, int | float | str]: ...
+    def close(self) -> None:
+        """Ends the thread. When it returns, no engine memory is read or written any more."""
+
+class Observer:
+    """What an engine's scheduler half sees and says, over all ranks of its engine; one thread."""
+
+    def __init__(self, addresses: Sequence[str], name: str) -> None:
+        """`addresses`: `Agent.address` of every rank."""
+    def offer(self, request: str, keys: Keys) -> int:
+        """Announces chunks that this engine is going to compute."""
+    def withdraw(self, offer: int) -> None:
+        """The chunks that no `begin_step` named yet will not come."""
+    def claim(self, request: str, keys: Keys, timeout: float) -> int:
+        """Pins chunks on all ranks, now or as they come; those on their way for `timeout`."""
+    def status(self, claim: int) -> tuple[int, int, str]:
+        """Over all ranks: how many leading chunks are ready (pinned), how many are ready or
+        coming, and what holds up the first that is not ready: "done", "asking", "writing",
+        "stalled" (loading what is ready makes room), "missing", "lost", "no-producer", or
+        "waiting" (not all ranks answered yet). Local, does not block."""
+    def release(self, claim: int, keep_from: int = 0, keep_to: int = 0) -> None:
+        """Unpins all but the chunks [keep_from, keep_to). Releasing what is gone does nothing."""
+    def pushed(self) -> list[tuple[int, list[int]]]:
+        """(offer, chunks) that no rank reads any more, each once, whatever became of them. A rank
+        whose agent is gone reads nothing."""
+    def wait(self, seconds: float) -> bool:
+        """Blocks until anything above changed since the last wait; False when time was up."""
+    def close(self) -> None: ...
+
+class KvxferError(Exception): ...
+class ConfigError(KvxferError, ValueError): ...
+class LayoutMismatch(KvxferError): ...
+class VersionMismatch(KvxferError): ...
+class ProtocolError(KvxferError): ...
+class PeerLost(KvxferError): ...
+class Timeout(KvxferError): ...
+class PoolFull(KvxferError): ...
+class Corrupt(KvxferError): ...
+class NoPath(KvxferError): ...
+class OutOfBounds(KvxferError): ...
+class NotFound(KvxferError): ...
+class Closed(KvxferError): ...
+class IoError(KvxferError): ...

@@ -1,0 +1,194 @@
+"""The worker half: one per rank. Moves nothing itself; the agent's thread does.
+
+Nothing has to be done when requests are preempted: the blocks being read are pinned in the
+scheduler's block pool, so they are not given to anybody else.
+"""
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
+from vllm.logger import init_logger
+
+from kvxfer import Agent, KvxferError
+from kvxfer.config import Config
+from kvxfer.vllm.layout import describe, layer_names, memory_of
+from kvxfer.vllm.metadata import Handshake, Load, StepMetadata
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+logger = init_logger("vllm.kvxfer.worker")
+
+# The agent ends every load within load_timeout. This is for an agent that does not.
+GRACE = 10.0
+
+
+class WorkerHalf:
+    """One rank's agent, and the ledger of its loads.
+
+    The ledger's rule: each load is reported exactly once, by every rank, failed or not, aborted
+    or not. Twice kills the engine, never leaks the request and its blocks.
+    """
+
+    def __init__(
+        self, config: Config, vllm_config: "VllmConfig", kv_cache_config: "KVCacheConfig"
+    ) -> None:
+        self._kv_cache_config = kv_cache_config
+        self._timeout = config.load_timeout
+        self._layers = {name: n for n, name in enumerate(layer_names(kv_cache_config))}
+        # With two micro-batches a layer's hook runs when half of its KV is written.
+        self._hooks = not vllm_config.parallel_config.use_ubatching
+        self._loads: tuple[Load, ...] = ()
+        self._step_open = False
+        self._layerwise = False
+        self._open: dict[int, tuple[Load, float]] = {}
+        self._ended: dict[str, bool] = {}
+        """Request: whether its load failed. Not reported yet."""
+
+        self._geometry = describe(config, vllm_config, kv_cache_config)
+        parallel = vllm_config.parallel_config
+        rank = parallel.rank
+        # Engines of one host that are data-parallel to each other must not share a port.
+        port_offset = rank + parallel.data_parallel_rank * parallel.world_size
+        buffer_size = 0
+        if config.consumes:
+            buffer_size = config.buffer_size or self._geometry.default_buffer(
+                vllm_config.model_config.max_model_len
+            )
+            chunks = buffer_size // self._geometry.chunk_bytes
+            logger.info(
+                "kvxfer pool of rank %d: %d bytes, room for %d tokens in chunks of %d",
+                rank,
+                buffer_size,
+                chunks * self._geometry.chunk_tokens,
+                self._geometry.chunk_tokens,
+            )
+        self._agent = Agent(
+            role=str(config.role),
+            layout=self._geometry.native((rank, parallel.tensor_parallel_size)),
+            name=f"{vllm_config.kv_transfer_config.engine_id} rank {rank}",
+            listen=config.listen_at(port_offset),
+            peers=config.peers_of(port_offset),
+            socket_dir=config.socket_dir,
+            buffer_size=buffer_size,
+            gc=config.enable_gc,
+            gc_policy=config.gc_policy,
+            high_watermark=config.high_watermark,
+            low_watermark=config.low_watermark,
+            unclaimed_ttl=config.unclaimed_ttl,
+            load_timeout=config.load_timeout,
+            hold_timeout=config.hold_timeout,
+            lease=config.lease,
+            allow_insecure=config.allow_insecure,
+            require_path=config.require_path,
+        )
+
+    def register(self, caches: "Mapping[str, torch.Tensor]") -> None:
+        """The KV caches are allocated."""
+        self._agent.register(memory_of(self._kv_cache_config, caches))
+
+    def handshake(self) -> Handshake:
+        """For the scheduler half."""
+        return Handshake(self._agent.address, self._geometry)
+
+    def begin(self, step: StepMetadata) -> None:
+        """A step starts, before its forward."""
+        self._loads = step.loads
+        self._layerwise = step.layerwise and self._hooks
+        self._step_open = bool(step.ranges)
+        if self._step_open:
+            self._agent.begin_step(step.ranges)
+
+    def layer_done(self, name: str) -> None:
+        """A layer's hook: its KV is written for everything in the step."""
+        if self._step_open and self._layerwise:
+            layer = self._layers.get(name)
+            # None: the layer shares the KV of another one.
+            if layer is not None:
+                self._agent.layer_ready(layer)
+
+    def end(self) -> None:
+        """The forward is over: what the hooks did not name is ready as well."""
+        if not self._step_open:
+            return
+        self._step_open = False
+        # vLLM's runner calls this in a `finally`. KV of a forward that raised is not KV.
+        if sys.exc_info()[0] is None:
+            self._agent.end_step()
+
+    def start_loads(self) -> None:
+        """Submits this step's loads."""
+        loads, self._loads = self._loads, ()
+        for load in loads:
+            failure = load.failed
+            if failure is None:
+                try:
+                    self._agent.load(
+                        load.id, load.claim, load.first_chunk, load.chunks, load.blocks
+                    )
+                except KvxferError as error:
+                    failure = str(error)
+            if failure is None:
+                deadline = time.monotonic() + self._timeout + GRACE
+                self._open[load.id] = (load, deadline)
+            else:
+                self._fail(load, failure)
+
+    def results(self) -> KVConnectorTransferResults:
+        """What ended since the last call. A failure is also an end."""
+        for done in self._agent.poll() if self._open else ():
+            entry = self._open.pop(done.load, None)
+            if entry is None:
+                continue
+            load, _ = entry
+            if done.error is not None:
+                self._fail(load, done.error)
+                continue
+            self._ended[load.request] = False
+            logger.info(
+                "Retrieved %d out of %d out of total %d tokens for request %s, "
+                "path %s, %d bytes, %.1f ms",
+                load.tokens,
+                load.tokens,
+                load.prompt_tokens,
+                load.request,
+                done.path,
+                done.bytes,
+                done.seconds * 1000,
+            )
+        self._expire()
+        ended, self._ended = self._ended, {}
+        return KVConnectorTransferResults(
+            finished_recving=set(ended),
+            failed_recving={request for request, failed in ended.items() if failed},
+        )
+
+    def _expire(self) -> None:
+        now = time.monotonic()
+        if all(now < deadline for _, deadline in self._open.values()):
+            return
+        # Reporting frees the blocks, and the agent may still write to them: it has to end first.
+        logger.error("The kvxfer agent did not end its loads in time and is closed")
+        self._agent.close()
+        for load, _ in self._open.values():
+            self._fail(load, "the agent did not answer")
+        self._open.clear()
+
+    def _fail(self, load: Load, why: str) -> None:
+        self._ended[load.request] = True
+        logger.warning(
+            "Retrieved 0 out of %d out of total %d tokens for request %s: %s",
+            load.tokens,
+            load.prompt_tokens,
+            load.request,
+            why,
+        )
+
+    def close(self) -> None:
+        """Ends the agent. May be called again."""
+        self._agent.close()
