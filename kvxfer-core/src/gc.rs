@@ -1,1 +1,0 @@
-//! Which committed chunks to give up, and when.
