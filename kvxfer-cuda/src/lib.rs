@@ -4,3 +4,4 @@ pub mod control;
 pub mod copy;
 pub mod fds;
 pub mod memory;
+pub mod transport;
