@@ -1,0 +1,163 @@
+//! What the clauses need of a transport: two consumers, memory to write from, a look at the result.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use kvxfer_core::transport::{Completion, Post, RegionId, SegmentHandle, Transport, Write};
+use kvxfer_core::{Incarnation, PostId, Result, SegmentId};
+use kvxfer_cuda::copy;
+use kvxfer_cuda::memory::{HostPool, Regions};
+use kvxfer_cuda::transport::fault::{Fault, Faults};
+use kvxfer_cuda::transport::local::LocalExports;
+use kvxfer_cuda::transport::{Local, Shm, shm};
+
+pub const REGIONS: u32 = 2;
+pub const SEGMENTS: u32 = 2;
+/// Bytes of each region and each segment: no multiple of a page.
+pub const BYTES: u64 = (3 << 20) + 40;
+/// How long anything may take.
+pub const DEADLINE: Duration = Duration::from_secs(60);
+
+/// A transport with two consumers, 0 and 1, whose segments it has attached.
+pub trait Bench {
+    fn transport(&mut self) -> &mut dyn Transport;
+
+    /// A consumer's incarnation.
+    fn peer(&self, consumer: usize) -> Incarnation;
+
+    /// A new handle of a consumer's segment.
+    fn handle(&mut self, consumer: usize, segment: SegmentId) -> SegmentHandle;
+
+    /// Puts fresh, zeroed memory behind a consumer's segment.
+    fn replace(&mut self, consumer: usize, segment: SegmentId);
+
+    /// What the consumer sees.
+    fn read(&self, consumer: usize, segment: SegmentId, offset: u64, len: u64) -> Vec<u8>;
+
+    /// Puts bytes into the engine's memory.
+    fn fill(&mut self, region: RegionId, offset: u64, bytes: &[u8]);
+
+    fn attach(&mut self, consumer: usize, segment: SegmentId) {
+        let (peer, handle) = (self.peer(consumer), self.handle(consumer, segment));
+        self.transport().attach(peer, segment, handle).unwrap();
+    }
+
+    fn post(&mut self, consumer: usize, id: u64, seed: u64, writes: &[Write]) -> Result<()> {
+        let peer = self.peer(consumer);
+        self.transport().post(Post { id: PostId(id), peer, seed, writes })
+    }
+
+    /// Polls until nothing is pending.
+    fn settle(&mut self) -> Vec<Completion> {
+        let (mut out, start) = (Vec::new(), Instant::now());
+        while self.transport().pending() > 0 {
+            assert!(start.elapsed() < DEADLINE, "posts never end: {out:?}");
+            self.transport().poll(1 << 20, &mut out);
+        }
+        // And nothing after that.
+        self.transport().poll(u64::MAX, &mut out);
+        out
+    }
+}
+
+struct Consumer<E> {
+    peer: Incarnation,
+    pool: HostPool,
+    exports: E,
+}
+
+/// A bench for transports into host pools.
+pub struct HostBench<T, E> {
+    transport: T,
+    consumers: [Consumer<E>; 2],
+    export: fn(&E, &HostPool, SegmentId) -> Result<SegmentHandle>,
+    /// Reached through pointers only: the transport reads it.
+    regions: Arc<Regions>,
+    _memory: Vec<HostPool>,
+}
+
+fn host<T: Transport, E>(
+    transport: impl FnOnce(Arc<Regions>) -> T,
+    exports: impl Fn(Incarnation) -> E,
+    export: fn(&E, &HostPool, SegmentId) -> Result<SegmentHandle>,
+) -> HostBench<T, E> {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    let consumers = [(); 2].map(|()| {
+        let mut name = [0; 16];
+        name[..8].copy_from_slice(&NEXT.fetch_add(1, Ordering::Relaxed).to_be_bytes());
+        let peer = Incarnation(name);
+        Consumer { peer, pool: HostPool::new(SEGMENTS, BYTES).unwrap(), exports: exports(peer) }
+    });
+    let memory = HostPool::new(REGIONS, BYTES).unwrap();
+    let mut regions = Regions::new();
+    for id in 0..REGIONS {
+        let mapping = memory.segment(SegmentId(id)).unwrap();
+        // SAFETY: `memory` is kept beside the transport, and nobody refers to it.
+        unsafe { regions.register(mapping.as_mut_ptr(), BYTES) }.unwrap();
+    }
+    let regions = Arc::new(regions);
+    let transport = transport(Arc::clone(&regions));
+    let mut bench = HostBench { transport, consumers, export, regions, _memory: vec![memory] };
+    for consumer in 0..2 {
+        for segment in 0..SEGMENTS {
+            bench.attach(consumer, SegmentId(segment));
+        }
+    }
+    bench
+}
+
+pub fn local() -> impl Bench {
+    host(Local::new, LocalExports::new, |exports, pool, id| exports.export(pool, id))
+}
+
+pub fn shm() -> impl Bench {
+    host(Shm::new, |_| (), |(), pool, id| shm::export(pool, id))
+}
+
+pub fn faultless() -> impl Bench {
+    faulty(Faults::new())
+}
+
+pub fn faulty(faults: Faults) -> impl Bench {
+    host(
+        |regions| Fault::new(Shm::new(regions), faults),
+        |_| (),
+        |(), pool, id| shm::export(pool, id),
+    )
+}
+
+impl<T: Transport, E> Bench for HostBench<T, E> {
+    fn transport(&mut self) -> &mut dyn Transport {
+        &mut self.transport
+    }
+
+    fn peer(&self, consumer: usize) -> Incarnation {
+        self.consumers[consumer].peer
+    }
+
+    fn handle(&mut self, consumer: usize, segment: SegmentId) -> SegmentHandle {
+        let consumer = &self.consumers[consumer];
+        (self.export)(&consumer.exports, &consumer.pool, segment).unwrap()
+    }
+
+    fn replace(&mut self, consumer: usize, segment: SegmentId) {
+        self.consumers[consumer].pool.replace(segment, &[]).unwrap();
+    }
+
+    fn read(&self, consumer: usize, segment: SegmentId, offset: u64, len: u64) -> Vec<u8> {
+        let from = self.consumers[consumer].pool.segment(segment).unwrap().at(offset, len).unwrap();
+        let mut bytes = vec![0; len as usize];
+        // SAFETY: `at` checked the range.
+        unsafe {
+            copy::copy_summed(bytes.as_mut_ptr(), from, bytes.len(), 0, 0, copy::Stores::Cached)
+        };
+        bytes
+    }
+
+    fn fill(&mut self, region: RegionId, offset: u64, bytes: &[u8]) {
+        let to = self.regions.at(region, offset, bytes.len() as u64).unwrap();
+        // SAFETY: `at` checked the range.
+        unsafe { to.copy_from(bytes.as_ptr(), bytes.len()) };
+    }
+}
