@@ -101,15 +101,6 @@ pub enum Next {
     NoProducer,
 }
 
-/// What became of an offered chunk, from the observer's point of view: its blocks are no longer read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum PushOutcome {
-    /// Written and indexed by every consumer that wanted it, or already there.
-    Delivered,
-    /// At least one consumer did not take it: refused, no room in time, gone.
-    Skipped,
-}
-
 /// A message after the hellos.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Message {
@@ -292,7 +283,5 @@ pub enum Message {
         offer: OfferId,
         /// Indices into it.
         chunks: Vec<u32>,
-        /// What became of them.
-        outcome: PushOutcome,
     },
 }

@@ -2,7 +2,7 @@
 
 use kvxfer_core::layout::{Group, KvLayout};
 use kvxfer_core::pool::Extent;
-use kvxfer_core::wire::message::{Chunk, ClaimStatus, CommitOutcome, Granted, Next, PushOutcome};
+use kvxfer_core::wire::message::{Chunk, ClaimStatus, CommitOutcome, Granted, Next};
 use kvxfer_core::wire::{Hello, Message, Purpose};
 use kvxfer_core::{ChunkKey, ClaimId, GrantId, Incarnation, OfferId, SegmentId};
 use proptest::collection::{btree_map, vec};
@@ -133,11 +133,7 @@ pub(crate) fn message() -> impl Strategy<Value = Message> {
                         status: ClaimStatus { ready: low, coming: high, next },
                     },
                     23 => Message::Release { claim, keep_from: low, keep_to: high },
-                    _ => Message::Pushed {
-                        offer,
-                        chunks: indices,
-                        outcome: if flag { PushOutcome::Delivered } else { PushOutcome::Skipped },
-                    },
+                    _ => Message::Pushed { offer, chunks: indices },
                 }
             },
         )

@@ -2,7 +2,7 @@
 
 use kvxfer_core::layout::{Group, KvLayout};
 use kvxfer_core::pool::Extent;
-use kvxfer_core::wire::message::{Chunk, ClaimStatus, CommitOutcome, Granted, Next, PushOutcome};
+use kvxfer_core::wire::message::{Chunk, ClaimStatus, CommitOutcome, Granted, Next};
 use kvxfer_core::wire::{Hello, Message, Purpose};
 use kvxfer_core::{ChunkKey, ClaimId, GrantId, Incarnation, OfferId, SegmentId};
 
@@ -75,7 +75,7 @@ pub(crate) fn messages() -> Vec<Message> {
         Message::Claim { claim, request: "req-1".into(), chunks: prompt, deadline_ms: 5000 },
         Message::Claimed { claim, status },
         Message::Release { claim, keep_from: 0, keep_to: 1 },
-        Message::Pushed { offer, chunks: vec![0, 1], outcome: PushOutcome::Skipped },
+        Message::Pushed { offer, chunks: vec![0, 1] },
     ]
 }
 

@@ -1,0 +1,475 @@
+//! The side that owns the memory.
+//!
+//! What it knows of a key is an [`Entry`]: whether its chunk is here, who writes it, which offers list it,
+//! which claims wait for it. Everything else follows from the entries:
+//!
+//! * [`offers`]: a queue of offers; grants go out in order as room allows;
+//! * [`claims`]: what the engine's requests pin, and the loads that empty the pool;
+//! * [`reclaim`]: fences, segments changing hands, and what the collector gives up.
+//!
+//! Invariants, checked by the fleet simulation:
+//!
+//! * a key has at most one grant being written and at most one committed, never a third;
+//! * a grant is in exactly one [`Phase`], and its pages are in the pool state that belongs to it;
+//! * pages leave [`Phase::Fencing`] only by a fence of that grant's writer;
+//! * a claim's pinned chunk stays until the claim lets go and no copy reads it.
+
+mod claims;
+mod offers;
+mod reclaim;
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::protocol;
+use super::timers::Timers;
+use crate::gc::{Collector, GcConfig};
+use crate::layout::KvLayout;
+use crate::pool::{Extent, Geometry, PageState, Pool, PoolStats};
+use crate::wire::Message;
+use crate::{
+    ChunkKey, ClaimId, Error, GrantId, Incarnation, LinkId, LoadId, OfferId, Result, SegmentId,
+    Time,
+};
+
+use claims::{Claim, Load};
+pub use claims::{Copied, LoadRequest};
+use offers::{Offer, Place};
+use reclaim::Then;
+
+/// What a consumer is told about itself.
+#[derive(Clone, Debug)]
+pub struct ConsumerConfig {
+    /// Geometry; a producer's must be compatible.
+    pub layout: KvLayout,
+    /// The pool.
+    pub geometry: Geometry,
+    /// The collector's policy.
+    pub gc: GcConfig,
+    /// How long a grant lasts unless renewed.
+    pub grant_ttl: Duration,
+    /// How long it can last with renewals.
+    pub grant_cap: Duration,
+    /// How long a writer may take to acknowledge a fence before its link is closed, and after that before the
+    /// memory behind its segments is replaced.
+    pub fence_timeout: Duration,
+    /// How long producers have to answer an [`Message::Ask`].
+    pub ask_timeout: Duration,
+    /// Most pages granted to one link and not yet committed.
+    pub window_pages: u32,
+    /// How many offers may overtake a blocked one.
+    pub overtakes: u32,
+    /// How long it is remembered that a chunk was offered and lost.
+    pub lost_ttl: Duration,
+}
+
+/// What a consumer wants done, in this order.
+#[derive(Debug)]
+pub enum ConsumerAction {
+    /// Send a message.
+    Send {
+        /// On this link.
+        link: LinkId,
+        /// This.
+        message: Message,
+    },
+    /// Send [`Message::Segment`] with what makes the segment reachable for this link's peer.
+    Export {
+        /// The link.
+        link: LinkId,
+        /// The segment.
+        segment: SegmentId,
+        /// Its generation.
+        generation: u32,
+    },
+    /// Copy one chunk out of the pool into the engine's blocks, and verify the copy. Answer with
+    /// [`Consumer::copied`].
+    Copy {
+        /// For this load.
+        load: LoadId,
+        /// Which chunk of the claim.
+        chunk: u32,
+        /// Its key (the checksum's seed).
+        key: ChunkKey,
+        /// Its grant (likewise).
+        grant: GrantId,
+        /// Tokens in it.
+        tokens: u32,
+        /// Where it lies.
+        extents: Arc<[Extent]>,
+        /// One checksum per layer.
+        sums: Arc<[u64]>,
+    },
+    /// A load ended, once.
+    Loaded {
+        /// The load.
+        load: LoadId,
+        /// How.
+        result: Result<()>,
+    },
+    /// Put fresh memory behind a segment, with these extents copied over. Answer with
+    /// [`Consumer::replaced`].
+    Replace {
+        /// The segment.
+        segment: SegmentId,
+        /// What must survive.
+        live: Vec<Extent>,
+    },
+    /// Close a link.
+    Close {
+        /// The link.
+        link: LinkId,
+        /// Why.
+        error: Error,
+    },
+}
+
+/// Counters, all since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ConsumerStats {
+    /// Chunks offered.
+    pub offered: u64,
+    /// Grants given.
+    pub granted: u64,
+    /// Chunks committed and indexed.
+    pub committed: u64,
+    /// Commits that came after their grant had ended.
+    pub late_commits: u64,
+    /// Chunks that were already here when offered.
+    pub had: u64,
+    /// Grants that ran out or lost their writer.
+    pub revoked: u64,
+    /// Offered chunks that cannot ever fit.
+    pub refused: u64,
+    /// Claims made.
+    pub claims: u64,
+    /// Loads that ended well.
+    pub loads: u64,
+    /// Loads that failed.
+    pub failed_loads: u64,
+    /// Chunks whose bytes were not those that were sent.
+    pub corrupt: u64,
+    /// Segments whose memory had to be replaced.
+    pub replaced_segments: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Timer {
+    Grant(GrantId),
+    Fence(GrantId),
+    Claim(ClaimId),
+    Ask(u64),
+    Orphan(Incarnation),
+}
+
+/// What is known of a key.
+#[derive(Debug, Default)]
+struct Entry {
+    committed: Option<GrantId>,
+    writing: Option<GrantId>,
+    /// Offers that list the key and have not been answered for good.
+    offers: Vec<Place>,
+    /// Claims that want the chunk and do not have it.
+    claims: Vec<(ClaimId, u32)>,
+    /// Until when it is remembered that the chunk was offered and lost.
+    lost_until: Option<Time>,
+    /// Offers answered with the chunk being here, and claims that named it: where the former lead, a
+    /// claim is still to be expected.
+    promised: u32,
+    claimed: u32,
+}
+
+#[derive(Debug)]
+struct Grant {
+    peer: Incarnation,
+    place: Place,
+    key: ChunkKey,
+    tokens: u32,
+    pages: u32,
+    extents: Arc<[Extent]>,
+    phase: Phase,
+}
+
+#[derive(Debug)]
+enum Phase {
+    /// The peer may write until the deadline, which renewals move up to the cap.
+    Writing { deadline: Time, cap: Time },
+    /// The leave ended, and the peer has not shown that it stopped.
+    Fencing { since: Time },
+    /// Committed: the writer is done, the index has it.
+    Resident { sums: Arc<[u64]> },
+}
+
+#[derive(Debug)]
+struct Link {
+    peer: Incarnation,
+    kind: LinkKind,
+}
+
+#[derive(Debug)]
+enum LinkKind {
+    Producer {
+        /// Set by a compatible [`Message::Attach`]; nothing else is heard before.
+        attached: bool,
+        exported: HashSet<SegmentId>,
+        outstanding_pages: u32,
+        offers: HashSet<OfferId>,
+    },
+    Observer {
+        claims: HashSet<ClaimId>,
+    },
+}
+
+#[derive(Debug, Default)]
+struct SegmentState {
+    generation: u32,
+    /// Its writer was asked to let go of it.
+    retiring: bool,
+    replacing: bool,
+}
+
+/// The consumer's state machine.
+#[derive(Debug)]
+pub struct Consumer {
+    config: ConsumerConfig,
+    pool: Pool,
+    collector: Collector,
+    segments: Vec<SegmentState>,
+    entries: HashMap<ChunkKey, Entry>,
+    lost: VecDeque<(Time, ChunkKey)>,
+    grants: HashMap<GrantId, Grant>,
+    links: HashMap<LinkId, Link>,
+    /// Writers that can write no more: their processes ended.
+    dead: HashSet<Incarnation>,
+    offers: HashMap<(LinkId, OfferId), Offer>,
+    queue: VecDeque<(LinkId, OfferId)>,
+    claims: HashMap<ClaimId, Claim>,
+    loads: HashMap<LoadId, Load>,
+    asks: HashMap<u64, claims::Ask>,
+    next_number: u64,
+    timers: Timers<Timer>,
+    actions: VecDeque<ConsumerAction>,
+    stats: ConsumerStats,
+    /// Claims whose status may have changed in this call.
+    touched: Vec<ClaimId>,
+}
+
+impl Consumer {
+    /// A consumer with an empty pool.
+    ///
+    /// # Errors
+    /// The layout or the collector's configuration is invalid.
+    pub fn new(config: ConsumerConfig) -> Result<Self> {
+        config.layout.validate()?;
+        let segments = (0..config.geometry.segments).map(|_| SegmentState::default()).collect();
+        Ok(Self {
+            pool: Pool::new(config.geometry),
+            collector: Collector::new(config.gc)?,
+            config,
+            segments,
+            entries: HashMap::new(),
+            lost: VecDeque::new(),
+            grants: HashMap::new(),
+            links: HashMap::new(),
+            dead: HashSet::new(),
+            offers: HashMap::new(),
+            queue: VecDeque::new(),
+            claims: HashMap::new(),
+            loads: HashMap::new(),
+            asks: HashMap::new(),
+            next_number: 1,
+            timers: Timers::new(),
+            actions: VecDeque::new(),
+            stats: ConsumerStats::default(),
+            touched: Vec::new(),
+        })
+    }
+
+    /// A producer's link is up.
+    pub fn producer_connected(&mut self, now: Time, link: LinkId, peer: Incarnation) {
+        let kind = LinkKind::Producer {
+            attached: false,
+            exported: HashSet::new(),
+            outstanding_pages: 0,
+            offers: HashSet::new(),
+        };
+        // Cut off once, and back: what it holds from now on is exported to it anew.
+        self.dead.remove(&peer);
+        self.links.insert(link, Link { peer, kind });
+        self.settle(now);
+    }
+
+    /// The engine's scheduler half is connected.
+    pub fn observer_connected(&mut self, now: Time, link: LinkId, peer: Incarnation) {
+        self.links.insert(link, Link { peer, kind: LinkKind::Observer { claims: HashSet::new() } });
+        self.settle(now);
+    }
+
+    /// A link ended: EOF, reset, silence, a violation. Fences nothing.
+    pub fn disconnected(&mut self, now: Time, link: LinkId) {
+        let Some(gone) = self.links.remove(&link) else { return };
+        match gone.kind {
+            LinkKind::Producer { offers, .. } => self.producer_lost(now, link, gone.peer, offers),
+            LinkKind::Observer { claims } => {
+                for claim in claims {
+                    self.drop_claim(now, claim);
+                }
+            }
+        }
+        self.settle(now);
+    }
+
+    /// A message came.
+    ///
+    /// # Errors
+    /// The protocol does not allow it: the caller closes the link, which ends in [`Consumer::disconnected`].
+    pub fn received(&mut self, now: Time, link: LinkId, message: Message) -> Result<()> {
+        let Some(state) = self.links.get_mut(&link) else { return Ok(()) };
+        let peer = state.peer;
+        match (&mut state.kind, message) {
+            (_, Message::Ping | Message::Bye { .. }) => {}
+            (LinkKind::Producer { attached, .. }, Message::Attach { layout }) => {
+                self.config.layout.compatible_with(&layout)?;
+                *attached = true;
+            }
+            (LinkKind::Producer { attached: false, .. }, _) => {
+                return Err(protocol("a message came before the peer's layout"));
+            }
+            (LinkKind::Producer { .. }, message) => {
+                self.received_from_producer(now, link, peer, message)?;
+            }
+            (LinkKind::Observer { .. }, message) => {
+                self.received_from_observer(now, link, message)?
+            }
+        }
+        self.settle(now);
+        Ok(())
+    }
+
+    fn received_from_producer(
+        &mut self,
+        now: Time,
+        link: LinkId,
+        peer: Incarnation,
+        message: Message,
+    ) -> Result<()> {
+        match message {
+            Message::Offer { offer, request, chunks } => {
+                self.offered(now, link, offer, request, chunks)
+            }
+            Message::Withdraw { offer, chunks } => self.withdrawn(now, link, offer, &chunks),
+            Message::Commit { grant, sums } => self.committed(now, link, peer, grant, sums),
+            Message::Abort { grant } => self.fenced(now, peer, grant, Then::Lose),
+            Message::FenceAck { grant } => self.fenced(now, peer, grant, Then::Requeue),
+            Message::Renew { grants } => {
+                for grant in grants {
+                    self.renewed(now, peer, grant);
+                }
+                Ok(())
+            }
+            Message::Told { ask } => {
+                self.told(link, ask);
+                Ok(())
+            }
+            Message::Retired { segment, generation } => {
+                self.retired(peer, segment, generation);
+                Ok(())
+            }
+            other => Err(unexpected("producer", &other)),
+        }
+    }
+
+    fn received_from_observer(&mut self, now: Time, link: LinkId, message: Message) -> Result<()> {
+        match message {
+            Message::Claim { claim, request, chunks, deadline_ms } => {
+                let deadline = now + Duration::from_millis(deadline_ms.into());
+                self.claimed(now, link, claim, request, chunks, deadline)
+            }
+            Message::Release { claim, keep_from, keep_to } => {
+                self.released(now, link, claim, keep_from, keep_to);
+                Ok(())
+            }
+            other => Err(unexpected("observer", &other)),
+        }
+    }
+
+    /// Fires what is due. Input that has already arrived is fed first, so that a paused agent does not
+    /// expire what was renewed in time.
+    pub fn tick(&mut self, now: Time) {
+        while let Some(timer) = self.timers.due(now) {
+            match timer {
+                Timer::Grant(grant) => self.grant_due(now, grant),
+                Timer::Fence(grant) => self.fence_due(now, grant),
+                Timer::Claim(claim) => self.claim_due(now, claim),
+                Timer::Ask(ask) => self.ask_due(ask),
+                Timer::Orphan(peer) => self.orphan_due(now, peer),
+            }
+        }
+        self.forget_lost(now);
+        self.settle(now);
+    }
+
+    /// When [`Consumer::tick`] has something to do next.
+    pub fn next_timeout(&self) -> Option<Time> {
+        let lost = self.lost.front().map(|&(at, _)| at);
+        [self.timers.next(), self.collector.next_deadline(), lost].into_iter().flatten().min()
+    }
+
+    /// The next thing to do.
+    pub fn poll_action(&mut self) -> Option<ConsumerAction> {
+        self.actions.pop_front()
+    }
+
+    /// Page counts by state.
+    pub fn pool(&self) -> PoolStats {
+        self.pool.stats()
+    }
+
+    /// Counters.
+    pub fn stats(&self) -> ConsumerStats {
+        self.stats
+    }
+
+    /// Pages that are neither free nor accounted for by a grant: 0, always.
+    pub fn pages_leaked(&self) -> u32 {
+        let held: u32 = self.grants.values().map(|grant| grant.pages).sum();
+        (self.pool.pages() - self.pool.count(PageState::Free)).saturating_sub(held)
+    }
+
+    /// What every public call ends with: hand out the room there is, make room, tell the claims.
+    fn settle(&mut self, now: Time) {
+        self.collect(now, 0);
+        self.pump(now);
+        self.tell_claims(now);
+    }
+
+    fn send(&mut self, link: LinkId, message: Message) {
+        self.actions.push_back(ConsumerAction::Send { link, message });
+    }
+
+    fn number(&mut self) -> u64 {
+        let number = self.next_number;
+        self.next_number += 1;
+        number
+    }
+
+    /// Drops an entry that says nothing.
+    fn tidy(&mut self, key: &ChunkKey) {
+        if self.entries.get(key).is_some_and(|entry| {
+            entry.committed.is_none()
+                && entry.writing.is_none()
+                && entry.offers.is_empty()
+                && entry.claims.is_empty()
+                && entry.lost_until.is_none()
+        }) {
+            self.entries.remove(key);
+        }
+    }
+}
+
+fn unexpected(from: &str, message: &Message) -> Error {
+    let debug = format!("{message:?}");
+    let name = debug.split([' ', '{', '(']).next().unwrap_or_default();
+    protocol(format!("a {from} sent {name}, which is not its to send"))
+}

@@ -1,0 +1,559 @@
+//! Offers, grants, commits.
+//!
+//! Offers wait in one queue, in the order in which they came. A grant is one chunk's, so an offer that does not
+//! fit as a whole is served window by window. A blocked offer keeps its place; others may overtake it a bounded
+//! number of times, and only if they fit entirely.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use super::reclaim::Then;
+use super::{Consumer, ConsumerAction, Entry, Grant, LinkKind, Phase, Timer};
+use crate::pool::PageState;
+use crate::session::protocol;
+use crate::wire::Message;
+use crate::wire::message::{Chunk, CommitOutcome, Granted};
+use crate::{ChunkKey, GrantId, Incarnation, LinkId, OfferId, Result, Time};
+
+/// A chunk of an offer on a link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Place {
+    pub(super) link: LinkId,
+    pub(super) offer: OfferId,
+    pub(super) chunk: u32,
+}
+
+#[derive(Debug)]
+pub(super) struct Offer {
+    pub(super) request: Arc<str>,
+    chunks: Vec<Offered>,
+    /// Chunks before this one are not [`State::Waiting`].
+    next: usize,
+    /// Chunks not yet [`State::Settled`].
+    open: usize,
+    overtaken: u32,
+    told_busy: bool,
+}
+
+#[derive(Debug)]
+struct Offered {
+    key: ChunkKey,
+    tokens: u32,
+    state: State,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Waiting,
+    Granted,
+    Settled,
+}
+
+enum Served {
+    All,
+    /// The link has as much as it may have; its commits will bring it back.
+    Window,
+    /// The pool has no room.
+    Blocked,
+}
+
+impl Consumer {
+    pub(super) fn offered(
+        &mut self,
+        now: Time,
+        link: LinkId,
+        offer: OfferId,
+        request: String,
+        chunks: Vec<Chunk>,
+    ) -> Result<()> {
+        if self.offers.contains_key(&(link, offer)) {
+            return Ok(());
+        }
+        if chunks.iter().any(|c| c.tokens == 0 || c.tokens > self.config.layout.chunk_tokens) {
+            return Err(protocol(format!("offer {offer} has a chunk of an impossible size")));
+        }
+        self.stats.offered += chunks.len() as u64;
+        let mut have = Vec::new();
+        let mut pending = Vec::new();
+        for (index, chunk) in chunks.iter().enumerate() {
+            let place = Place { link, offer, chunk: index as u32 };
+            let entry = self.entries.entry(chunk.key).or_default();
+            if entry.committed.is_some() {
+                have.push(place.chunk);
+                continue;
+            }
+            if !entry.offers.is_empty() {
+                pending.push(place.chunk);
+            }
+            entry.offers.push(place);
+            entry.lost_until = None;
+            self.touched.extend(entry.claims.iter().map(|&(claim, _)| claim));
+        }
+        let open = chunks.len();
+        let chunks = chunks
+            .into_iter()
+            .map(|Chunk { key, tokens }| Offered { key, tokens, state: State::Waiting })
+            .collect();
+        let request = request.into();
+        let state = Offer { request, chunks, next: 0, open, overtaken: 0, told_busy: false };
+        self.offers.insert((link, offer), state);
+        if let Some(LinkKind::Producer { offers, .. }) =
+            self.links.get_mut(&link).map(|link| &mut link.kind)
+        {
+            offers.insert(offer);
+        }
+        if !have.is_empty() {
+            for &chunk in &have {
+                self.have(now, Place { link, offer, chunk });
+            }
+            self.send(link, Message::Have { offer, chunks: have });
+        }
+        if !pending.is_empty() {
+            self.send(link, Message::Pending { offer, chunks: pending });
+        }
+        if self.offers.contains_key(&(link, offer)) {
+            self.queue.push_back((link, offer));
+        }
+        Ok(())
+    }
+
+    /// The chunk of that place is here: settle it, and hold the chunk for the claim that will come.
+    fn have(&mut self, now: Time, place: Place) {
+        self.stats.had += 1;
+        if let Some(key) = self.settle_chunk(place) {
+            self.promise(now, key);
+        }
+    }
+
+    /// One more producer was told that the chunk is here, so one more claim is to be expected, unless
+    /// it came already.
+    fn promise(&mut self, now: Time, key: ChunkKey) {
+        let Some(entry) = self.entries.get_mut(&key) else { return };
+        entry.promised += 1;
+        if let Some(grant) = entry.committed
+            && entry.promised > entry.claimed
+        {
+            self.collector.expect(grant, now + self.config.gc.unclaimed_ttl);
+        }
+    }
+
+    /// Answers a chunk of an offer for good; gives its key. The offer ends with its last one.
+    fn settle_chunk(&mut self, place: Place) -> Option<ChunkKey> {
+        let offer = self.offers.get_mut(&(place.link, place.offer))?;
+        let chunk = offer.chunks.get_mut(place.chunk as usize)?;
+        if chunk.state == State::Settled {
+            return None;
+        }
+        chunk.state = State::Settled;
+        let key = chunk.key;
+        offer.open -= 1;
+        if offer.open == 0 {
+            self.offers.remove(&(place.link, place.offer));
+            if let Some(LinkKind::Producer { offers, .. }) =
+                self.links.get_mut(&place.link).map(|link| &mut link.kind)
+            {
+                offers.remove(&place.offer);
+            }
+        }
+        if let Some(entry) = self.entries.get_mut(&key) {
+            entry.offers.retain(|&other| other != place);
+        }
+        Some(key)
+    }
+
+    /// Settles a chunk that will not come from that place; the claims that wait for it learn it is lost unless
+    /// another offer has it.
+    pub(super) fn lose(&mut self, now: Time, place: Place) {
+        let Some(key) = self.settle_chunk(place) else { return };
+        self.lost_key(now, key);
+    }
+
+    pub(super) fn lost_key(&mut self, now: Time, key: ChunkKey) {
+        let until = now + self.config.lost_ttl;
+        let Some(entry) = self.entries.get_mut(&key) else { return };
+        if entry.offers.is_empty() && entry.writing.is_none() && entry.committed.is_none() {
+            entry.lost_until = Some(until);
+            self.lost.push_back((until, key));
+            self.touched.extend(entry.claims.iter().map(|&(claim, _)| claim));
+        }
+    }
+
+    pub(super) fn withdrawn(
+        &mut self,
+        now: Time,
+        link: LinkId,
+        offer: OfferId,
+        chunks: &[u32],
+    ) -> Result<()> {
+        let Some(state) = self.offers.get(&(link, offer)) else { return Ok(()) };
+        let count = state.chunks.len() as u32;
+        if chunks.iter().any(|&chunk| chunk >= count) {
+            return Err(protocol(format!("offer {offer} has {count} chunks; withdrawn past them")));
+        }
+        // A granted one is not withdrawn but aborted: that message may be under way.
+        let waiting = |chunk: &u32| state.chunks[*chunk as usize].state == State::Waiting;
+        let all: Vec<u32> = (0..count).collect();
+        let chunks = if chunks.is_empty() { &all } else { chunks };
+        let gone: Vec<u32> = chunks.iter().copied().filter(waiting).collect();
+        for chunk in gone {
+            self.lose(now, Place { link, offer, chunk });
+        }
+        Ok(())
+    }
+
+    /// Hands out grants, in the order of the queue, as far as room and windows allow.
+    pub(super) fn pump(&mut self, now: Time) {
+        let mut blocked: Option<usize> = None;
+        let mut at = 0;
+        while at < self.queue.len() {
+            let (link, offer) = self.queue[at];
+            let Some(state) = self.offers.get(&(link, offer)) else {
+                self.queue.remove(at);
+                continue;
+            };
+            if let Some(first) = blocked {
+                let overtaken = self.offers.get(&self.queue[first]).map_or(0, |o| o.overtaken);
+                let need = state.chunks[state.next..]
+                    .iter()
+                    .filter(|chunk| chunk.state == State::Waiting)
+                    .map(|chunk| self.pages(chunk.tokens))
+                    .sum::<u32>();
+                if overtaken >= self.config.overtakes {
+                    self.tell_busy(at);
+                    at += 1;
+                    continue;
+                }
+                if need == 0 || need > self.pool.count(PageState::Free) {
+                    self.tell_busy(at);
+                    at += 1;
+                    continue;
+                }
+            }
+            let before = self.stats.granted;
+            match self.serve(now, link, offer) {
+                Served::All => {
+                    // What is left of it waits for other producers' writes, and is found again through
+                    // its entries.
+                    let waits = self.offers.get(&(link, offer)).is_some_and(|o| {
+                        o.chunks[o.next..].iter().any(|chunk| chunk.state == State::Waiting)
+                    });
+                    if waits {
+                        at += 1;
+                    } else {
+                        self.queue.remove(at);
+                    }
+                }
+                Served::Window => at += 1,
+                Served::Blocked => {
+                    if blocked.is_none() {
+                        self.make_room(link);
+                        blocked = Some(at);
+                    }
+                    self.tell_busy(at);
+                    at += 1;
+                }
+            }
+            if let Some(first) = blocked
+                && first + 1 < at.max(1)
+                && self.stats.granted > before
+                && let Some(offer) = self.offers.get_mut(&self.queue[first])
+            {
+                offer.overtaken += 1;
+            }
+        }
+    }
+
+    fn tell_busy(&mut self, at: usize) {
+        let (link, id) = self.queue[at];
+        if let Some(offer) = self.offers.get_mut(&(link, id))
+            && !offer.told_busy
+        {
+            offer.told_busy = true;
+            self.send(link, Message::Busy { offer: id, ahead: at as u32 });
+        }
+    }
+
+    /// Grants one offer's chunks, in order, as far as they go.
+    fn serve(&mut self, now: Time, link: LinkId, id: OfferId) -> Served {
+        let mut grants = Vec::new();
+        let served = self.serve_into(now, link, id, &mut grants);
+        if !grants.is_empty() {
+            self.export(link, &grants);
+            let deadline_ms = self.config.grant_ttl.as_millis() as u32;
+            self.send(link, Message::Granted { offer: id, deadline_ms, grants });
+        }
+        served
+    }
+
+    fn serve_into(
+        &mut self,
+        now: Time,
+        link: LinkId,
+        id: OfferId,
+        out: &mut Vec<Granted>,
+    ) -> Served {
+        let Some(peer) = self.links.get(&link).map(|link| link.peer) else { return Served::All };
+        let mut at = match self.offers.get(&(link, id)) {
+            Some(offer) => offer.next,
+            None => return Served::All,
+        };
+        let mut leading = true;
+        loop {
+            let Some(offer) = self.offers.get_mut(&(link, id)) else { return Served::All };
+            if leading {
+                offer.next = at;
+            }
+            let Some(chunk) = offer.chunks.get(at) else { return Served::All };
+            let (key, tokens, state) = (chunk.key, chunk.tokens, chunk.state);
+            if state != State::Waiting {
+                at += 1;
+                continue;
+            }
+            let entry = self.entries.entry(key).or_default();
+            if entry.writing.is_some() || entry.committed.is_some() {
+                leading = false;
+                at += 1;
+                continue;
+            }
+            let pages = self.pages(tokens);
+            let Some(LinkKind::Producer { outstanding_pages, .. }) =
+                self.links.get(&link).map(|link| &link.kind)
+            else {
+                return Served::All;
+            };
+            if *outstanding_pages > 0 && outstanding_pages + pages > self.config.window_pages {
+                return Served::Window;
+            }
+            let place = Place { link, offer: id, chunk: at as u32 };
+            match self.grant(now, peer, place, key, tokens) {
+                Ok(granted) => out.push(granted),
+                Err(never_fits) if never_fits => {
+                    self.refuse_rest(now, link, id, at, pages);
+                    return Served::All;
+                }
+                Err(_) => return Served::Blocked,
+            }
+            at += 1;
+        }
+    }
+
+    fn grant(
+        &mut self,
+        now: Time,
+        peer: Incarnation,
+        place: Place,
+        key: ChunkKey,
+        tokens: u32,
+    ) -> std::result::Result<Granted, bool> {
+        let number = GrantId(self.next_number);
+        let pieces: Vec<_> = self.config.layout.chunk_pieces(tokens).collect();
+        let pages = pieces.iter().map(|&(_, pages)| pages).sum();
+        let mut extents = Vec::with_capacity(pieces.len());
+        if let Err(full) = self.pool.grant(peer, number, &pieces, &mut extents) {
+            if full.never_fits || self.collect(now, pages) == 0 {
+                return Err(full.never_fits);
+            }
+            extents.clear();
+            self.pool.grant(peer, number, &pieces, &mut extents).map_err(|full| full.never_fits)?;
+        }
+        self.next_number += 1;
+        let deadline = now + self.config.grant_ttl;
+        let phase = Phase::Writing { deadline, cap: now + self.config.grant_cap };
+        let shared: Arc<[_]> = extents.as_slice().into();
+        self.grants
+            .insert(number, Grant { peer, place, key, tokens, pages, extents: shared, phase });
+        self.timers.set(deadline, Timer::Grant(number));
+        self.stats.granted += 1;
+        if let Some(LinkKind::Producer { outstanding_pages, .. }) =
+            self.links.get_mut(&place.link).map(|link| &mut link.kind)
+        {
+            *outstanding_pages += pages;
+        }
+        if let Some(offer) = self.offers.get_mut(&(place.link, place.offer)) {
+            offer.chunks[place.chunk as usize].state = State::Granted;
+        }
+        let entry = self.entries.entry(key).or_default();
+        entry.writing = Some(number);
+        self.touched.extend(entry.claims.iter().map(|&(claim, _)| claim));
+        Ok(Granted { chunk: place.chunk, grant: number, extents })
+    }
+
+    /// Segments are exported to their writer before the first grant in them.
+    fn export(&mut self, link: LinkId, grants: &[Granted]) {
+        let Some(LinkKind::Producer { exported, .. }) =
+            self.links.get_mut(&link).map(|link| &mut link.kind)
+        else {
+            return;
+        };
+        for segment in grants.iter().flat_map(|grant| &grant.extents).map(|extent| extent.segment) {
+            if exported.insert(segment) {
+                let generation = self.segments[segment.0 as usize].generation;
+                self.actions.push_back(ConsumerAction::Export { link, segment, generation });
+            }
+        }
+    }
+
+    /// A chunk that is larger than the pool: neither it nor what follows it can be used.
+    fn refuse_rest(&mut self, now: Time, link: LinkId, id: OfferId, from: usize, pages: u32) {
+        let Some(offer) = self.offers.get(&(link, id)) else { return };
+        let chunks: Vec<u32> = (from..offer.chunks.len())
+            .filter(|&at| offer.chunks[at].state == State::Waiting)
+            .map(|at| at as u32)
+            .collect();
+        self.stats.refused += chunks.len() as u64;
+        let all = self.pool.pages();
+        let reason = format!(
+            "request {}: one chunk needs {pages} pages and the whole pool has {}; set buffer_size to at least {} bytes",
+            offer.request,
+            all,
+            u64::from(pages) * self.config.layout.page_bytes(),
+        );
+        for &chunk in &chunks {
+            self.lose(now, Place { link, offer: id, chunk });
+        }
+        let reason = crate::wire::bounds::reason(&reason);
+        self.send(link, Message::Refused { offer: id, chunks, reason });
+    }
+
+    fn pages(&self, tokens: u32) -> u32 {
+        self.config.layout.chunk_pieces(tokens).map(|(_, pages)| pages).sum()
+    }
+
+    pub(super) fn renewed(&mut self, now: Time, peer: Incarnation, number: GrantId) {
+        let ttl = self.config.grant_ttl;
+        if let Some(grant) = self.grants.get_mut(&number)
+            && grant.peer == peer
+            && let Phase::Writing { deadline, cap } = &mut grant.phase
+        {
+            *deadline = (now + ttl).min(*cap);
+        }
+    }
+
+    pub(super) fn committed(
+        &mut self,
+        now: Time,
+        link: LinkId,
+        peer: Incarnation,
+        number: GrantId,
+        sums: Vec<u64>,
+    ) -> Result<()> {
+        let layers = self.config.layout.layers() as usize;
+        if sums.len() != layers {
+            return Err(protocol(format!(
+                "the commit of grant {number} has {} sums for {layers} layers",
+                sums.len()
+            )));
+        }
+        let outcome = match self.grants.get_mut(&number) {
+            Some(grant) if grant.peer != peer => {
+                return Err(protocol(format!("grant {number} was given to {}", grant.peer)));
+            }
+            Some(grant) if matches!(grant.phase, Phase::Writing { .. }) => {
+                grant.phase = Phase::Resident { sums: sums.into() };
+                self.index(now, number)?;
+                CommitOutcome::Indexed
+            }
+            Some(grant) if matches!(grant.phase, Phase::Resident { .. }) => CommitOutcome::Indexed,
+            // The leave had ended. The commit still proves that the writer is done.
+            _ => {
+                self.stats.late_commits += 1;
+                self.fenced(now, peer, number, Then::Lose)?;
+                CommitOutcome::Expired
+            }
+        };
+        self.send(link, Message::CommitAck { grant: number, outcome });
+        Ok(())
+    }
+
+    fn index(&mut self, now: Time, number: GrantId) -> Result<()> {
+        let Some(grant) = self.grants.get(&number) else { return Ok(()) };
+        let (key, place, pages, extents) =
+            (grant.key, grant.place, grant.pages, Arc::clone(&grant.extents));
+        self.pool.commit(number, &extents).map_err(|stamp| protocol(stamp.to_string()))?;
+        self.stats.committed += 1;
+        self.window_back(place.link, pages);
+        let parent = place
+            .chunk
+            .checked_sub(1)
+            .and_then(|before| {
+                Some(self.offers.get(&(place.link, place.offer))?.chunks[before as usize].key)
+            })
+            .and_then(|key| self.entries.get(&key)?.committed);
+        self.collector.insert(now, number, parent, pages);
+        let entry: &mut Entry = self.entries.entry(key).or_default();
+        entry.writing = None;
+        entry.committed = Some(number);
+        entry.lost_until = None;
+        let (waiting, claims) =
+            (std::mem::take(&mut entry.offers), std::mem::take(&mut entry.claims));
+        for (claim, chunk) in claims {
+            self.pin(claim, chunk, number);
+        }
+        self.settle_chunk(place);
+        self.promise(now, key);
+        for other in waiting.into_iter().filter(|&other| other != place) {
+            self.have(now, other);
+            self.send(other.link, Message::Have { offer: other.offer, chunks: vec![other.chunk] });
+        }
+        Ok(())
+    }
+
+    /// Pages of a link that are no longer granted and uncommitted.
+    pub(super) fn window_back(&mut self, link: LinkId, pages: u32) {
+        if let Some(LinkKind::Producer { outstanding_pages, .. }) =
+            self.links.get_mut(&link).map(|link| &mut link.kind)
+        {
+            *outstanding_pages = outstanding_pages.saturating_sub(pages);
+        }
+    }
+
+    /// A fenced grant's chunk goes back to the end of the queue, if its offer still stands.
+    pub(super) fn requeue(&mut self, now: Time, place: Place) {
+        let Some(offer) = self.offers.get_mut(&(place.link, place.offer)) else { return };
+        let chunk = &mut offer.chunks[place.chunk as usize];
+        if chunk.state != State::Granted {
+            return;
+        }
+        chunk.state = State::Waiting;
+        offer.next = offer.next.min(place.chunk as usize);
+        let key = chunk.key;
+        let entry = self.entries.entry(key).or_default();
+        if !entry.offers.contains(&place) {
+            entry.offers.push(place);
+        }
+        if entry.committed.is_some() {
+            self.have(now, place);
+            self.send(place.link, Message::Have { offer: place.offer, chunks: vec![place.chunk] });
+        } else if !self.queue.contains(&(place.link, place.offer)) {
+            self.queue.push_back((place.link, place.offer));
+        }
+    }
+
+    pub(super) fn producer_lost(
+        &mut self,
+        now: Time,
+        link: LinkId,
+        peer: Incarnation,
+        offers: HashSet<OfferId>,
+    ) {
+        let writing: Vec<GrantId> = self
+            .grants
+            .iter()
+            .filter(|(_, grant)| {
+                grant.place.link == link && matches!(grant.phase, Phase::Writing { .. })
+            })
+            .map(|(&number, _)| number)
+            .collect();
+        for number in writing {
+            self.end_leave(now, number);
+        }
+        for offer in offers {
+            let count = self.offers.get(&(link, offer)).map_or(0, |offer| offer.chunks.len());
+            for chunk in 0..count as u32 {
+                self.lose(now, Place { link, offer, chunk });
+            }
+        }
+        self.told_by_absence(link);
+        self.orphaned(now, peer);
+    }
+}

@@ -1,0 +1,284 @@
+//! Fences, segments changing hands, and what the collector gives up.
+//!
+//! A writer is fenced by its own word (commit, abort, acknowledgement: each is sent when all its writes are
+//! terminal), by the death of its process, or by fresh memory behind its segments. A deadline, an EOF and silence
+//! only quarantine.
+
+use std::sync::Arc;
+
+use super::{Consumer, ConsumerAction, LinkKind, Phase, Timer};
+use crate::pool::PageState;
+use crate::session::protocol;
+use crate::wire::Message;
+use crate::{ChunkKey, ErrorKind, GrantId, Incarnation, LinkId, Result, SegmentId, Time};
+
+/// Lost chunks remembered at most; the oldest go first.
+const LOST_MAX: usize = 1 << 16;
+
+/// What becomes of the chunk of a grant that ended without a commit.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Then {
+    /// Its producer still has it: it waits in line again.
+    Requeue,
+    /// Its producer gave it up.
+    Lose,
+}
+
+impl Consumer {
+    pub(super) fn grant_due(&mut self, now: Time, number: GrantId) {
+        let Some(grant) = self.grants.get(&number) else { return };
+        let Phase::Writing { deadline, .. } = grant.phase else { return };
+        if deadline > now {
+            self.timers.set(deadline, Timer::Grant(number));
+            return;
+        }
+        let link = grant.place.link;
+        self.end_leave(now, number);
+        self.send(link, Message::Revoke { grant: number });
+    }
+
+    /// The leave to write ended; the writer may still be at it.
+    pub(super) fn end_leave(&mut self, now: Time, number: GrantId) {
+        let Some(grant) = self.grants.get_mut(&number) else { return };
+        let Phase::Writing { .. } = grant.phase else { return };
+        grant.phase = Phase::Fencing { since: now };
+        let (key, link, pages) = (grant.key, grant.place.link, grant.pages);
+        let quarantined = self.pool.quarantine(number, &grant.extents);
+        debug_assert!(quarantined.is_ok(), "a granted page lost its stamp");
+        self.stats.revoked += 1;
+        self.window_back(link, pages);
+        self.not_writing(key, number);
+        self.timers.set(now + self.config.fence_timeout, Timer::Fence(number));
+    }
+
+    fn not_writing(&mut self, key: ChunkKey, number: GrantId) {
+        if let Some(entry) = self.entries.get_mut(&key)
+            && entry.writing == Some(number)
+        {
+            entry.writing = None;
+            self.touched.extend(entry.claims.iter().map(|&(claim, _)| claim));
+        }
+    }
+
+    /// The writer of a grant says that it is done with it: no write is under way, none will follow. A grant that is
+    /// committed or long gone is not changed by that.
+    pub(super) fn fenced(
+        &mut self,
+        now: Time,
+        peer: Incarnation,
+        number: GrantId,
+        then: Then,
+    ) -> Result<()> {
+        let Some(grant) = self.grants.get(&number) else { return Ok(()) };
+        if grant.peer != peer {
+            return Err(protocol(format!("grant {number} was given to {}", grant.peer)));
+        }
+        if !matches!(grant.phase, Phase::Resident { .. }) {
+            self.release_grant(now, number, then);
+        }
+        Ok(())
+    }
+
+    /// Frees a grant whose writer is fenced.
+    fn release_grant(&mut self, now: Time, number: GrantId, then: Then) {
+        let Some(grant) = self.grants.remove(&number) else { return };
+        let freed = self.pool.free(number, &grant.extents);
+        debug_assert!(freed.is_ok(), "a fenced page lost its stamp");
+        if let Phase::Writing { .. } = grant.phase {
+            self.window_back(grant.place.link, grant.pages);
+            self.not_writing(grant.key, number);
+        }
+        match then {
+            Then::Requeue => self.requeue(now, grant.place),
+            Then::Lose => self.lose(now, grant.place),
+        }
+        self.tidy(&grant.key);
+        self.unassign_dead(grant.peer);
+    }
+
+    /// A fence was not acknowledged in time: a peer that breaks the rules is cut off.
+    pub(super) fn fence_due(&mut self, now: Time, number: GrantId) {
+        let Some(grant) = self.grants.get(&number) else { return };
+        let Phase::Fencing { since } = grant.phase else { return };
+        let (link, waited) = (grant.place.link, now.saturating_sub(since));
+        if self.links.contains_key(&link) {
+            let error =
+                protocol(format!("grant {number} was revoked {waited:?} ago and not fenced"));
+            self.actions.push_back(ConsumerAction::Close { link, error });
+        }
+    }
+
+    /// A writer's link ended. If neither its death nor its own word fences it in time, its memory is replaced.
+    pub(super) fn orphaned(&mut self, now: Time, peer: Incarnation) {
+        for segment in self.pool.segments_of(peer) {
+            self.segments[segment.0 as usize].retiring = false;
+        }
+        if self.dead.contains(&peer) {
+            self.unassign_dead(peer);
+        } else if self.pool.segments_of(peer).next().is_some() {
+            self.timers.set(now + self.config.fence_timeout, Timer::Orphan(peer));
+        }
+    }
+
+    pub(super) fn orphan_due(&mut self, now: Time, peer: Incarnation) {
+        if self.dead.contains(&peer) || self.links.values().any(|link| link.peer == peer) {
+            return;
+        }
+        let segments: Vec<SegmentId> = self.pool.segments_of(peer).collect();
+        if segments.is_empty() {
+            return self.writer_dead(now, peer);
+        }
+        for segment in segments {
+            let live = self
+                .grants
+                .values()
+                .filter(|grant| matches!(grant.phase, Phase::Resident { .. }))
+                .flat_map(|grant| grant.extents.iter())
+                .filter(|extent| extent.segment == segment)
+                .copied()
+                .collect();
+            self.segments[segment.0 as usize].replacing = true;
+            self.stats.replaced_segments += 1;
+            self.actions.push_back(ConsumerAction::Replace { segment, live });
+        }
+    }
+
+    /// Fresh memory is behind a segment: whoever wrote to the old one writes to nothing of ours.
+    pub fn replaced(&mut self, now: Time, segment: SegmentId) {
+        let Some(state) = self.segments.get_mut(segment.0 as usize) else { return };
+        if !std::mem::take(&mut state.replacing) {
+            return;
+        }
+        state.generation += 1;
+        for link in self.links.values_mut() {
+            if let LinkKind::Producer { exported, .. } = &mut link.kind {
+                exported.remove(&segment);
+            }
+        }
+        if let Some(peer) = self.pool.writer(segment) {
+            let left = self
+                .pool
+                .segments_of(peer)
+                .any(|segment| self.segments[segment.0 as usize].replacing);
+            if !left {
+                self.writer_dead(now, peer);
+            }
+        }
+    }
+
+    /// A writer can write no more: its process ended, or nothing of ours is in its reach.
+    pub fn writer_dead(&mut self, now: Time, peer: Incarnation) {
+        let links: Vec<LinkId> =
+            self.links.iter().filter(|(_, link)| link.peer == peer).map(|(&id, _)| id).collect();
+        self.dead.insert(peer);
+        for link in links {
+            let error = ErrorKind::PeerLost.error(format!("peer {peer} can write no more"));
+            self.actions.push_back(ConsumerAction::Close { link, error });
+            self.disconnected(now, link);
+        }
+        let fenced: Vec<GrantId> = self
+            .grants
+            .iter()
+            .filter(|(_, grant)| grant.peer == peer && matches!(grant.phase, Phase::Fencing { .. }))
+            .map(|(&number, _)| number)
+            .collect();
+        for number in fenced {
+            self.release_grant(now, number, Then::Lose);
+        }
+        self.unassign_dead(peer);
+        self.settle(now);
+    }
+
+    /// Takes the segments of a dead writer back as soon as nothing is in them.
+    fn unassign_dead(&mut self, peer: Incarnation) {
+        if !self.dead.contains(&peer) {
+            return;
+        }
+        let segments: Vec<SegmentId> = self.pool.segments_of(peer).collect();
+        let left = segments.into_iter().filter(|&segment| self.pool.unassign(segment).is_err());
+        if left.count() == 0 {
+            // Nothing is left of it: its name need not be remembered.
+            self.dead.remove(&peer);
+        }
+    }
+
+    /// A producer cannot be served. Ask a writer that does not need its segment to let go of it.
+    pub(super) fn make_room(&mut self, link: LinkId) {
+        let Some(peer) = self.links.get(&link).map(|link| link.peer) else { return };
+        let Some(segment) = self.pool.idle_segment(peer) else { return };
+        let Some(owner) = self.pool.writer(segment) else { return };
+        if self.segments[segment.0 as usize].retiring {
+            return;
+        }
+        // Without a link, the owner is an orphan: its death or fresh memory will give the segment back.
+        let Some((&link, state)) = self.links.iter_mut().find(|(_, link)| link.peer == owner)
+        else {
+            return;
+        };
+        if let LinkKind::Producer { exported, .. } = &mut state.kind {
+            // A grant that follows exports it again.
+            exported.remove(&segment);
+        }
+        let state = &mut self.segments[segment.0 as usize];
+        state.retiring = true;
+        let generation = state.generation;
+        self.send(link, Message::Retire { segment, generation });
+    }
+
+    /// A writer let go of a segment. Should it have been granted pages in it meanwhile, it keeps it.
+    pub(super) fn retired(&mut self, peer: Incarnation, segment: SegmentId, generation: u32) {
+        let Some(state) = self.segments.get_mut(segment.0 as usize) else { return };
+        if state.retiring
+            && state.generation == generation
+            && self.pool.writer(segment) == Some(peer)
+        {
+            state.retiring = false;
+            // An error means that pages are in use: then the segment was exported to it again.
+            let _ = self.pool.unassign(segment);
+        }
+    }
+
+    /// Gives up what the collector condemns; says how many chunks that were.
+    pub(super) fn collect(&mut self, now: Time, wanted_pages: u32) -> usize {
+        let pages = self.pool.pages();
+        let used = pages - self.pool.count(PageState::Free);
+        let mut condemned = Vec::new();
+        self.collector.tick(now, used, pages, wanted_pages, &mut condemned);
+        for &number in &condemned {
+            self.give_up(number);
+        }
+        condemned.len()
+    }
+
+    fn give_up(&mut self, number: GrantId) {
+        let Some(grant) = self.grants.remove(&number) else { return };
+        let extents = Arc::clone(&grant.extents);
+        let freed =
+            self.pool.condemn(number, &extents).and_then(|()| self.pool.free(number, &extents));
+        debug_assert!(freed.is_ok(), "a committed page lost its stamp");
+        // Compare and remove: the key may be another grant's by now.
+        if let Some(entry) = self.entries.get_mut(&grant.key)
+            && entry.committed == Some(number)
+        {
+            entry.committed = None;
+            entry.promised = 0;
+            entry.claimed = entry.claims.len() as u32;
+        }
+        self.tidy(&grant.key);
+        self.unassign_dead(grant.peer);
+    }
+
+    pub(super) fn forget_lost(&mut self, now: Time) {
+        while let Some(&(until, key)) = self.lost.front()
+            && (until <= now || self.lost.len() > LOST_MAX)
+        {
+            self.lost.pop_front();
+            if let Some(entry) = self.entries.get_mut(&key)
+                && entry.lost_until == Some(until)
+            {
+                entry.lost_until = None;
+            }
+            self.tidy(&key);
+        }
+    }
+}

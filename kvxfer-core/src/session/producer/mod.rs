@@ -1,0 +1,677 @@
+//! The side that has computed the KV.
+//!
+//! An [`Offer`] is a request's chunks. For each configured consumer, each chunk has a [`Push`]: it waits for an
+//! answer, is being written, or is done. The engine's worker half says step by step which chunks' blocks can be
+//! read, at which layers ([`steps`]); writes are posted as soon as there is both leave to write and something to
+//! read. A chunk that no consumer needs any more is reported to the observer, which then unpins its blocks.
+//!
+//! Invariants, checked by the fleet simulation:
+//!
+//! * a chunk's blocks are read only between the step that names them and the report that it is done;
+//! * commit, abort and fence-acknowledgement are sent only when every post of the grant is terminal;
+//! * done is final.
+
+mod steps;
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::protocol;
+use super::timers::Timers;
+use crate::layout::KvLayout;
+use crate::pool::Extent;
+use crate::wire::Message;
+use crate::wire::message::{Chunk, CommitOutcome, Granted};
+use crate::{
+    BlockId, ChunkKey, Error, GrantId, Incarnation, LinkId, OfferId, PostId, Result, Time,
+};
+
+pub use steps::PushRange;
+use steps::{Source, Step};
+
+/// What a producer is told about itself.
+#[derive(Clone, Debug)]
+pub struct ProducerConfig {
+    /// Geometry.
+    pub layout: KvLayout,
+    /// How many consumers are configured.
+    pub consumers: usize,
+    /// How long the engine's blocks are held for a consumer that has no room (or is not there).
+    pub hold: Duration,
+}
+
+/// What a producer wants done, in this order.
+#[derive(Debug)]
+pub enum ProducerAction {
+    /// Send a message.
+    Send {
+        /// On this link.
+        link: LinkId,
+        /// This.
+        message: Message,
+    },
+    /// Write one layer of a chunk. Answer with [`Producer::posted`].
+    Post {
+        /// Names the answer.
+        post: PostId,
+        /// To this peer.
+        peer: Incarnation,
+        /// On this link's path.
+        link: LinkId,
+        /// Under this grant.
+        grant: GrantId,
+        /// The chunk's key (the checksum's seed).
+        key: ChunkKey,
+        /// Flat layer index.
+        layer: u32,
+        /// To here.
+        extents: Arc<[Extent]>,
+        /// From these blocks, by group.
+        blocks: Arc<[Vec<BlockId>]>,
+    },
+    /// Let go of a segment of that peer; then the message says so.
+    Detach {
+        /// The link.
+        link: LinkId,
+        /// The peer.
+        peer: Incarnation,
+        /// The segment.
+        segment: crate::SegmentId,
+        /// Its generation.
+        generation: u32,
+    },
+}
+
+/// Counters, all since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ProducerStats {
+    /// Chunks offered, each counted once a consumer.
+    pub offered: u64,
+    /// Chunks written and committed.
+    pub committed: u64,
+    /// Commits that came too late.
+    pub late: u64,
+    /// Chunks the consumer had already.
+    pub had: u64,
+    /// Chunks not pushed: no room in time, refused, withdrawn, consumer gone.
+    pub skipped: u64,
+    /// Writes that failed.
+    pub failed_posts: u64,
+    /// Grants that were revoked.
+    pub revoked: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Timer {
+    Hold(OfferId),
+    Renew(usize),
+}
+
+#[derive(Debug, Default)]
+struct Consumer {
+    link: Option<(LinkId, Incarnation)>,
+    renew_every: Option<Duration>,
+    renewing: bool,
+}
+
+#[derive(Debug)]
+struct Offer {
+    observer: LinkId,
+    request: Arc<str>,
+    chunks: Vec<Chunk>,
+    sources: Vec<Source>,
+    /// By consumer, then chunk.
+    pushes: Vec<Vec<Push>>,
+    /// Which consumers were told.
+    told: Vec<bool>,
+    withdrawn: bool,
+    /// Per chunk, consumers that are not done with it.
+    open: Vec<u32>,
+}
+
+#[derive(Debug)]
+enum Push {
+    /// Offered, or to be offered; nothing is written.
+    Waiting,
+    /// There is leave to write.
+    Granted(Box<Writing>),
+    /// Nothing of the chunk is read for this consumer again.
+    Done,
+}
+
+#[derive(Debug)]
+struct Writing {
+    grant: GrantId,
+    extents: Arc<[Extent]>,
+    /// Which layers have been posted.
+    posted: Vec<bool>,
+    left: u32,
+    in_flight: u32,
+    sums: Vec<u64>,
+    /// What to say when the posts are terminal, instead of a commit.
+    ending: Option<Ending>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Ending {
+    /// A write failed, or the request is gone.
+    Abort,
+    /// The leave was revoked: acknowledge, and wait for a new one.
+    Fence,
+    /// The consumer is gone.
+    Silence,
+}
+
+/// The producer's state machine.
+#[derive(Debug)]
+pub struct Producer {
+    config: ProducerConfig,
+    consumers: Vec<Consumer>,
+    offers: HashMap<OfferId, Offer>,
+    grants: HashMap<(usize, GrantId), (OfferId, u32)>,
+    posts: HashMap<PostId, (usize, GrantId, u32)>,
+    step: Step,
+    next_post: u64,
+    timers: Timers<Timer>,
+    actions: VecDeque<ProducerAction>,
+    done: BTreeMap<OfferId, Vec<u32>>,
+    stats: ProducerStats,
+}
+
+impl Producer {
+    /// A producer that is connected to nobody.
+    ///
+    /// # Errors
+    /// The layout is invalid.
+    pub fn new(config: ProducerConfig) -> Result<Self> {
+        config.layout.validate()?;
+        Ok(Self {
+            consumers: (0..config.consumers).map(|_| Consumer::default()).collect(),
+            step: Step::new(config.layout.layers() as usize),
+            config,
+            offers: HashMap::new(),
+            grants: HashMap::new(),
+            posts: HashMap::new(),
+            next_post: 0,
+            timers: Timers::new(),
+            actions: VecDeque::new(),
+            done: BTreeMap::new(),
+            stats: ProducerStats::default(),
+        })
+    }
+
+    /// The link to a configured consumer is up.
+    pub fn consumer_connected(&mut self, index: usize, link: LinkId, peer: Incarnation) {
+        self.consumers[index] =
+            Consumer { link: Some((link, peer)), renew_every: None, renewing: false };
+        self.send(link, Message::Attach { layout: self.config.layout.clone() });
+        let mut waiting: Vec<OfferId> = self
+            .offers
+            .iter()
+            .filter(|(_, offer)| {
+                !offer.withdrawn
+                    && !offer.told[index]
+                    && offer.pushes[index].iter().all(|push| matches!(push, Push::Waiting))
+            })
+            .map(|(&id, _)| id)
+            .collect();
+        waiting.sort_unstable();
+        for offer in waiting {
+            self.tell(index, offer);
+        }
+        self.settle();
+    }
+
+    fn tell(&mut self, index: usize, id: OfferId) {
+        let Some((link, _)) = self.consumers[index].link else { return };
+        let Some(offer) = self.offers.get_mut(&id) else { return };
+        offer.told[index] = true;
+        let message = Message::Offer {
+            offer: id,
+            request: offer.request.to_string(),
+            chunks: offer.chunks.clone(),
+        };
+        self.stats.offered += offer.chunks.len() as u64;
+        self.send(link, message);
+    }
+
+    /// A link ended.
+    pub fn disconnected(&mut self, now: Time, link: LinkId) {
+        let at = |consumer: &Consumer| consumer.link.is_some_and(|(other, _)| other == link);
+        if let Some(index) = self.consumers.iter().position(at) {
+            self.consumers[index] = Consumer::default();
+            let offers: Vec<OfferId> = self.offers.keys().copied().collect();
+            for offer in offers {
+                if self.offers[&offer].told[index] {
+                    self.end_pushes(index, offer, Ending::Silence, |_| true);
+                }
+            }
+        } else {
+            let offers: Vec<OfferId> = self
+                .offers
+                .iter()
+                .filter(|(_, offer)| offer.observer == link)
+                .map(|(&id, _)| id)
+                .collect();
+            self.step.forget_observer();
+            for offer in offers {
+                self.withdraw(now, offer);
+            }
+        }
+        self.settle();
+    }
+
+    /// A message from the engine's scheduler half.
+    ///
+    /// # Errors
+    /// The protocol does not allow it: the caller closes the link.
+    pub fn received_from_observer(
+        &mut self,
+        now: Time,
+        link: LinkId,
+        message: Message,
+    ) -> Result<()> {
+        match message {
+            Message::Offer { offer, request, chunks } => {
+                self.offer(now, link, offer, request, chunks)?;
+            }
+            Message::Withdraw { offer, .. } => self.withdraw(now, offer),
+            Message::Ping | Message::Bye { .. } => {}
+            other => return Err(protocol(format!("an observer sent {other:?} to a producer"))),
+        }
+        self.settle();
+        Ok(())
+    }
+
+    fn offer(
+        &mut self,
+        now: Time,
+        observer: LinkId,
+        id: OfferId,
+        request: String,
+        chunks: Vec<Chunk>,
+    ) -> Result<()> {
+        if self.offers.contains_key(&id) {
+            return Err(protocol(format!("offer {id} was made twice")));
+        }
+        let count = chunks.len();
+        let consumers = self.consumers.len();
+        let sources = self.step.claim_early(id, count);
+        let held = sources.iter().any(Source::is_held);
+        let offer = Offer {
+            observer,
+            request: request.into(),
+            chunks,
+            sources,
+            pushes: (0..consumers).map(|_| (0..count).map(|_| Push::Waiting).collect()).collect(),
+            told: vec![false; consumers],
+            withdrawn: false,
+            open: vec![consumers as u32; count],
+        };
+        self.offers.insert(id, offer);
+        for index in 0..consumers {
+            self.tell(index, id);
+        }
+        if held {
+            self.timers.set(now + self.config.hold, Timer::Hold(id));
+        }
+        Ok(())
+    }
+
+    /// The request ended: what has not been handed over will not be.
+    fn withdraw(&mut self, now: Time, id: OfferId) {
+        let Some(offer) = self.offers.get_mut(&id) else { return };
+        offer.withdrawn = true;
+        let missing: Vec<bool> = offer.sources.iter().map(|source| !source.is_held()).collect();
+        for index in 0..self.consumers.len() {
+            self.withdraw_chunks(index, id, |chunk| missing[chunk]);
+        }
+        self.timers.set(now + self.config.hold, Timer::Hold(id));
+    }
+
+    /// Ends the pushes of the chunks that `which` names and tells the consumer.
+    fn withdraw_chunks(&mut self, index: usize, id: OfferId, which: impl Fn(usize) -> bool) {
+        let Some(offer) = self.offers.get(&id) else { return };
+        let waiting: Vec<u32> = offer.pushes[index]
+            .iter()
+            .enumerate()
+            .filter(|(at, push)| matches!(push, Push::Waiting) && which(*at))
+            .map(|(at, _)| at as u32)
+            .collect();
+        if let Some((link, _)) = self.consumers[index].link
+            && offer.told[index]
+            && !waiting.is_empty()
+        {
+            self.send(link, Message::Withdraw { offer: id, chunks: waiting });
+        }
+        self.end_pushes(index, id, Ending::Abort, which);
+    }
+
+    /// Ends pushes: at once where nothing is written, else when the posts are terminal.
+    fn end_pushes(
+        &mut self,
+        index: usize,
+        id: OfferId,
+        ending: Ending,
+        which: impl Fn(usize) -> bool,
+    ) {
+        let Some(offer) = self.offers.get_mut(&id) else { return };
+        let mut ended = Vec::new();
+        let mut drained = Vec::new();
+        for (at, push) in offer.pushes[index].iter_mut().enumerate().filter(|(at, _)| which(*at)) {
+            match push {
+                Push::Done => {}
+                Push::Waiting => ended.push(at as u32),
+                Push::Granted(writing) => {
+                    writing.ending = Some(ending);
+                    if writing.in_flight == 0 {
+                        drained.push(writing.grant);
+                    }
+                }
+            }
+        }
+        for chunk in ended {
+            self.stats.skipped += 1;
+            self.finish(index, id, chunk);
+        }
+        for grant in drained {
+            self.drained(index, grant);
+        }
+    }
+
+    /// A message from a consumer.
+    ///
+    /// # Errors
+    /// The protocol does not allow it: the caller closes the link.
+    pub fn received_from_consumer(
+        &mut self,
+        now: Time,
+        link: LinkId,
+        message: Message,
+    ) -> Result<()> {
+        let at = |consumer: &Consumer| consumer.link.is_some_and(|(other, _)| other == link);
+        let Some(index) = self.consumers.iter().position(at) else { return Ok(()) };
+        match message {
+            Message::Granted { offer, deadline_ms, grants } => {
+                let every = Duration::from_millis(u64::from(deadline_ms.max(3)) / 3);
+                self.consumers[index].renew_every = Some(every);
+                for granted in grants {
+                    self.granted(index, offer, granted)?;
+                }
+                self.keep_renewing(now, index);
+            }
+            Message::Have { offer, chunks } => {
+                for chunk in chunks {
+                    if self.is_waiting(index, offer, chunk) {
+                        self.stats.had += 1;
+                        self.finish(index, offer, chunk);
+                    }
+                }
+            }
+            Message::Refused { offer, chunks, .. } => {
+                for chunk in chunks {
+                    if self.is_waiting(index, offer, chunk) {
+                        self.stats.skipped += 1;
+                        self.finish(index, offer, chunk);
+                    }
+                }
+            }
+            Message::CommitAck { outcome, .. } => {
+                self.stats.late += u64::from(outcome == CommitOutcome::Expired);
+            }
+            Message::Revoke { grant } => self.revoked(index, link, grant),
+            Message::Retire { segment, generation } => {
+                if let Some((link, peer)) = self.consumers[index].link {
+                    let detach = ProducerAction::Detach { link, peer, segment, generation };
+                    self.actions.push_back(detach);
+                }
+            }
+            Message::Ask { ask } => self.send(link, Message::Told { ask }),
+            Message::Busy { .. }
+            | Message::Pending { .. }
+            | Message::Ping
+            | Message::Bye { .. } => {}
+            other => return Err(protocol(format!("a consumer sent {other:?}"))),
+        }
+        self.settle();
+        Ok(())
+    }
+
+    fn is_waiting(&self, index: usize, offer: OfferId, chunk: u32) -> bool {
+        let push =
+            |offer: &Offer| matches!(offer.pushes[index].get(chunk as usize), Some(Push::Waiting));
+        self.offers.get(&offer).is_some_and(push)
+    }
+
+    fn granted(&mut self, index: usize, id: OfferId, granted: Granted) -> Result<()> {
+        let Some((link, _)) = self.consumers[index].link else { return Ok(()) };
+        let Granted { chunk, grant, extents } = granted;
+        if self.grants.contains_key(&(index, grant)) {
+            return Ok(());
+        }
+        if !self.is_waiting(index, id, chunk) {
+            // Withdrawn, or done by other means, while the grant was under way. Nothing was written.
+            self.send(link, Message::Abort { grant });
+            return Ok(());
+        }
+        let Some(offer) = self.offers.get_mut(&id) else { return Ok(()) };
+        let tokens = offer.chunks[chunk as usize].tokens;
+        for (group, pages) in self.config.layout.chunk_pieces(tokens) {
+            let got: u32 = extents
+                .iter()
+                .filter(|extent| extent.group == group)
+                .map(|extent| u32::from(extent.pages))
+                .sum();
+            if got != pages {
+                return Err(protocol(format!(
+                    "grant {grant} has {got} pages of group {group}, {pages} are needed"
+                )));
+            }
+        }
+        let layers = self.config.layout.layers() as usize;
+        offer.pushes[index][chunk as usize] = Push::Granted(Box::new(Writing {
+            grant,
+            extents: extents.into(),
+            posted: vec![false; layers],
+            left: layers as u32,
+            in_flight: 0,
+            sums: vec![0; layers],
+            ending: None,
+        }));
+        self.grants.insert((index, grant), (id, chunk));
+        self.post_ready(index, id, chunk);
+        Ok(())
+    }
+
+    fn revoked(&mut self, index: usize, link: LinkId, grant: GrantId) {
+        self.stats.revoked += 1;
+        let Some(writing) = self.writing(index, grant) else {
+            // Committed, aborted or never seen: whatever was written has drained.
+            return self.send(link, Message::FenceAck { grant });
+        };
+        writing.ending.get_or_insert(Ending::Fence);
+        if writing.in_flight == 0 {
+            self.drained(index, grant);
+        }
+    }
+
+    fn writing(&mut self, index: usize, grant: GrantId) -> Option<&mut Writing> {
+        let &(offer, chunk) = self.grants.get(&(index, grant))?;
+        match self.offers.get_mut(&offer)?.pushes[index].get_mut(chunk as usize)? {
+            Push::Granted(writing) => Some(writing),
+            _ => None,
+        }
+    }
+
+    /// A post ended; the result is the checksum of what was stored.
+    pub fn posted(&mut self, post: PostId, result: std::result::Result<u64, Error>) {
+        let Some((index, grant, layer)) = self.posts.remove(&post) else { return };
+        let failed = result.is_err();
+        self.stats.failed_posts += u64::from(failed);
+        let Some(writing) = self.writing(index, grant) else { return };
+        writing.in_flight -= 1;
+        match result {
+            Ok(sum) => writing.sums[layer as usize] = sum,
+            Err(_) => {
+                writing.ending.get_or_insert(Ending::Abort);
+            }
+        }
+        if writing.in_flight == 0 && (writing.left == 0 || writing.ending.is_some()) {
+            self.drained(index, grant);
+        }
+        self.settle();
+    }
+
+    /// Every post of a grant is terminal, and no more will follow: say how it ends.
+    fn drained(&mut self, index: usize, grant: GrantId) {
+        let Some((id, chunk)) = self.grants.remove(&(index, grant)) else { return };
+        let Some(offer) = self.offers.get_mut(&id) else { return };
+        let push = &mut offer.pushes[index][chunk as usize];
+        let Push::Granted(writing) = std::mem::replace(push, Push::Waiting) else { return };
+        let ending = writing.ending;
+        let message = match ending {
+            None => Message::Commit { grant, sums: writing.sums },
+            Some(Ending::Fence) => Message::FenceAck { grant },
+            Some(Ending::Abort | Ending::Silence) => Message::Abort { grant },
+        };
+        if let Some((link, _)) = self.consumers[index].link
+            && ending != Some(Ending::Silence)
+        {
+            self.send(link, message);
+        }
+        match ending {
+            Some(Ending::Fence) if !offer_is_over(self.offers.get(&id), chunk) => return,
+            None => self.stats.committed += 1,
+            Some(_) => self.stats.skipped += 1,
+        }
+        self.finish(index, id, chunk);
+    }
+
+    /// This consumer needs nothing of the chunk any more. For the last one that means that it is read no more.
+    fn finish(&mut self, index: usize, id: OfferId, chunk: u32) {
+        let Some(offer) = self.offers.get_mut(&id) else { return };
+        let push = &mut offer.pushes[index][chunk as usize];
+        if matches!(push, Push::Done) {
+            return;
+        }
+        *push = Push::Done;
+        let open = &mut offer.open[chunk as usize];
+        *open -= 1;
+        if *open == 0 {
+            self.done.entry(id).or_default().push(chunk);
+        }
+    }
+
+    /// What every public call ends with: report the chunks that are read no more, forget finished offers.
+    fn settle(&mut self) {
+        for (id, chunks) in std::mem::take(&mut self.done) {
+            let Some(offer) = self.offers.get(&id) else { continue };
+            let link = offer.observer;
+            if offer.open.iter().all(|&open| open == 0) {
+                self.offers.remove(&id);
+            }
+            self.send(link, Message::Pushed { offer: id, chunks });
+        }
+    }
+
+    /// Fires what is due. Input that has already arrived is fed first.
+    pub fn tick(&mut self, now: Time) {
+        while let Some(timer) = self.timers.due(now) {
+            match timer {
+                Timer::Hold(offer) => self.hold_due(now, offer),
+                Timer::Renew(index) => {
+                    self.consumers[index].renewing = false;
+                    self.renew(index);
+                    self.keep_renewing(now, index);
+                }
+            }
+        }
+        self.settle();
+    }
+
+    /// Nobody pins engine blocks for a consumer that has no room past the hold deadline.
+    fn hold_due(&mut self, now: Time, id: OfferId) {
+        let Some(offer) = self.offers.get(&id) else { return };
+        let hold = self.config.hold;
+        let late: Vec<bool> = offer
+            .sources
+            .iter()
+            .map(|source| source.held_since().is_some_and(|since| since + hold <= now))
+            .collect();
+        let next = offer
+            .sources
+            .iter()
+            .filter_map(|source| source.held_since())
+            .map(|since| since + hold)
+            .filter(|&at| at > now)
+            .min();
+        if let Some(next) = next {
+            self.timers.set(next, Timer::Hold(id));
+        }
+        for index in 0..self.consumers.len() {
+            let waiting = |offer: &Offer, at: usize| {
+                matches!(offer.pushes[index].get(at), Some(Push::Waiting))
+            };
+            let gone: Vec<bool> = match self.offers.get(&id) {
+                Some(offer) => (0..late.len()).map(|at| late[at] && waiting(offer, at)).collect(),
+                None => return,
+            };
+            self.withdraw_chunks(index, id, |at| gone[at]);
+        }
+    }
+
+    fn renew(&mut self, index: usize) {
+        let Some((link, _)) = self.consumers[index].link else { return };
+        let mut grants: Vec<GrantId> = self
+            .grants
+            .keys()
+            .filter(|(consumer, _)| *consumer == index)
+            .map(|&(_, grant)| grant)
+            .collect();
+        grants.sort_unstable();
+        if !grants.is_empty() {
+            self.send(link, Message::Renew { grants });
+        }
+    }
+
+    fn keep_renewing(&mut self, now: Time, index: usize) {
+        let consumer = &mut self.consumers[index];
+        if let Some(every) = consumer.renew_every
+            && !consumer.renewing
+            && self.grants.keys().any(|&(other, _)| other == index)
+        {
+            consumer.renewing = true;
+            self.timers.set(now + every, Timer::Renew(index));
+        }
+    }
+
+    /// When [`Producer::tick`] has something to do next.
+    pub fn next_timeout(&self) -> Option<Time> {
+        self.timers.next()
+    }
+
+    /// The next thing to do.
+    pub fn poll_action(&mut self) -> Option<ProducerAction> {
+        self.actions.pop_front()
+    }
+
+    /// Counters.
+    pub fn stats(&self) -> ProducerStats {
+        self.stats
+    }
+
+    /// Offers that are not over.
+    pub fn open_offers(&self) -> usize {
+        self.offers.len()
+    }
+
+    fn send(&mut self, link: LinkId, message: Message) {
+        self.actions.push_back(ProducerAction::Send { link, message });
+    }
+}
+
+/// Whether a chunk's request ended before its blocks were handed over, so that waiting for a new grant is vain.
+fn offer_is_over(offer: Option<&Offer>, chunk: u32) -> bool {
+    offer.is_none_or(|offer| offer.withdrawn && !offer.sources[chunk as usize].is_held())
+}

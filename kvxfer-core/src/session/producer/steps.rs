@@ -1,0 +1,194 @@
+//! What the engine has computed, and the writes that follow from it.
+//!
+//! A step of the engine names the chunks that it completes, blocks and all, those that a local prefix cache hit
+//! included: their blocks may be written by another request of the very same step. So no chunk is read at a layer
+//! before that layer of the step has run.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use super::{Offer, Producer, ProducerAction, Push, Timer};
+use crate::{BlockId, OfferId, PostId, Time};
+
+/// Chunks that a step of the engine completes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PushRange {
+    /// The offer they belong to.
+    pub offer: OfferId,
+    /// The first of them.
+    pub first_chunk: u32,
+    /// For each chunk: the engine's blocks by group, [`NO_BLOCK`](crate::NO_BLOCK) where it has none.
+    pub blocks: Vec<Arc<[Vec<BlockId>]>>,
+}
+
+/// Where a chunk can be read.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Source {
+    blocks: Option<Arc<[Vec<BlockId>]>>,
+    since: Option<Time>,
+    /// The step that computes it; `None` once that step has ended.
+    step: Option<u64>,
+}
+
+impl Source {
+    pub(super) fn is_held(&self) -> bool {
+        self.blocks.is_some()
+    }
+
+    pub(super) fn held_since(&self) -> Option<Time> {
+        self.since
+    }
+}
+
+/// The step under way, if any.
+#[derive(Debug)]
+pub(super) struct Step {
+    number: u64,
+    open: bool,
+    layers: Vec<bool>,
+    chunks: Vec<(OfferId, u32)>,
+    /// Chunks whose offer has not arrived yet: the engine's two halves speak on different channels.
+    early: HashMap<OfferId, Vec<(u32, Source)>>,
+    /// The newest offer made. An older one that is not known is over, not early.
+    newest: Option<OfferId>,
+}
+
+/// Offers that a step named and the scheduler half has not made yet, at most.
+const EARLY_MAX: usize = 4096;
+
+impl Step {
+    pub(super) fn new(layers: usize) -> Self {
+        Self {
+            number: 0,
+            open: false,
+            layers: vec![false; layers],
+            chunks: Vec::new(),
+            early: HashMap::new(),
+            newest: None,
+        }
+    }
+
+    pub(super) fn claim_early(&mut self, offer: OfferId, count: usize) -> Vec<Source> {
+        self.newest = Some(offer);
+        let mut sources = vec![Source::default(); count];
+        for (chunk, source) in self.early.remove(&offer).unwrap_or_default() {
+            if let Some(place) = sources.get_mut(chunk as usize) {
+                *place = source;
+            }
+        }
+        sources
+    }
+
+    /// The observer is gone; another one counts from elsewhere.
+    pub(super) fn forget_observer(&mut self) {
+        self.early.clear();
+        self.newest = None;
+    }
+
+    fn is_early(&self, offer: OfferId) -> bool {
+        self.newest.is_none_or(|newest| offer > newest) && self.early.len() < EARLY_MAX
+    }
+
+    fn readable(&self, source: &Source, layer: usize) -> bool {
+        source.is_held() && (source.step != Some(self.number) || !self.open || self.layers[layer])
+    }
+}
+
+impl Producer {
+    /// A step of the engine begins; it completes these chunks. A step that is still open ends first.
+    pub fn begin_step(&mut self, now: Time, ranges: Vec<PushRange>) {
+        self.end_step();
+        self.step.number += 1;
+        self.step.open = true;
+        self.step.layers.fill(false);
+        for PushRange { offer: id, first_chunk, blocks } in ranges {
+            for (chunk, blocks) in (first_chunk..).zip(blocks) {
+                let step = Some(self.step.number);
+                let source = Source { blocks: Some(blocks), since: Some(now), step };
+                self.step.chunks.push((id, chunk));
+                match self.offers.get_mut(&id) {
+                    Some(offer) => {
+                        if let Some(place) = offer.sources.get_mut(chunk as usize) {
+                            *place = source;
+                        }
+                    }
+                    None if self.step.is_early(id) => {
+                        self.step.early.entry(id).or_default().push((chunk, source));
+                    }
+                    None => {}
+                }
+            }
+            if self.offers.contains_key(&id) {
+                self.timers.set(now + self.config.hold, Timer::Hold(id));
+            }
+        }
+        self.settle();
+    }
+
+    /// The step's chunks can be read at this layer (flat index).
+    pub fn layer_ready(&mut self, layer: u32) {
+        let Some(ready) = self.step.layers.get_mut(layer as usize) else { return };
+        if !self.step.open || std::mem::replace(ready, true) {
+            return;
+        }
+        for at in 0..self.step.chunks.len() {
+            let (offer, chunk) = self.step.chunks[at];
+            for index in 0..self.consumers.len() {
+                self.post_layer(index, offer, chunk, layer);
+            }
+        }
+    }
+
+    /// The step's chunks can be read at every layer.
+    pub fn end_step(&mut self) {
+        if !std::mem::take(&mut self.step.open) {
+            return;
+        }
+        for (offer, chunk) in std::mem::take(&mut self.step.chunks) {
+            for index in 0..self.consumers.len() {
+                self.post_ready(index, offer, chunk);
+            }
+        }
+        self.settle();
+    }
+
+    /// Posts every layer of a chunk that can be read and has not been posted.
+    pub(super) fn post_ready(&mut self, index: usize, offer: OfferId, chunk: u32) {
+        for layer in 0..self.step.layers.len() as u32 {
+            self.post_layer(index, offer, chunk, layer);
+        }
+    }
+
+    fn post_layer(&mut self, index: usize, id: OfferId, chunk: u32, layer: u32) {
+        let Some((link, peer)) = self.consumers[index].link else { return };
+        let Some(Offer { chunks, sources, pushes, .. }) = self.offers.get_mut(&id) else { return };
+        let (Some(Push::Granted(writing)), Some(source)) =
+            (pushes[index].get_mut(chunk as usize), sources.get(chunk as usize))
+        else {
+            return;
+        };
+        let Some(blocks) = &source.blocks else { return };
+        if writing.ending.is_some()
+            || writing.posted[layer as usize]
+            || !self.step.readable(source, layer as usize)
+        {
+            return;
+        }
+        writing.posted[layer as usize] = true;
+        writing.left -= 1;
+        writing.in_flight += 1;
+        let post = PostId(self.next_post);
+        self.next_post += 1;
+        self.posts.insert(post, (index, writing.grant, layer));
+        self.actions.push_back(ProducerAction::Post {
+            post,
+            peer,
+            link,
+            grant: writing.grant,
+            key: chunks[chunk as usize].key,
+            layer,
+            extents: Arc::clone(&writing.extents),
+            blocks: Arc::clone(blocks),
+        });
+    }
+}
