@@ -431,6 +431,11 @@ impl Consumer {
         self.stats
     }
 
+    /// Whether a peer is the writer of any segment, so that its death would matter.
+    pub fn is_writer(&self, peer: Incarnation) -> bool {
+        self.pool.segments_of(peer).next().is_some()
+    }
+
     /// Pages that are neither free nor accounted for by a grant: 0, always.
     pub fn pages_leaked(&self) -> u32 {
         let held: u32 = self.grants.values().map(|grant| grant.pages).sum();
