@@ -5,11 +5,10 @@
 //! `allow_insecure` is set; if not, the dial fails and says what was in the way.
 
 use std::collections::VecDeque;
-use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
+use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, Sender, unbounded};
 use kvxfer_core::wire::{self, Hello, Purpose};
 use kvxfer_core::{Error, ErrorKind, Incarnation, LinkId, Result, Time};
 use rustix::io::Errno;
@@ -18,7 +17,7 @@ use rustix::net::sockopt;
 use super::link::{Link, Stage};
 use super::listener::socket_for;
 use super::peer::Peer;
-use super::{Address, Control, Event, Waker, failed, folder};
+use super::{Address, Control, Event, failed, folder};
 
 /// What is being done about one configured peer.
 #[derive(Debug)]
@@ -58,35 +57,6 @@ enum Act {
     Locate,
     /// Ask for the link.
     Join { expect: Option<Incarnation>, why_not_unix: Option<String> },
-}
-
-/// Names are resolved on threads of their own, one per peer at a time, because the resolver blocks.
-#[derive(Debug)]
-pub(super) struct Resolutions {
-    sender: Sender<Resolution>,
-    receiver: Receiver<Resolution>,
-    waker: Waker,
-}
-
-type Resolution = (usize, std::result::Result<VecDeque<SocketAddr>, String>);
-
-impl Resolutions {
-    pub(super) fn new(waker: Waker) -> Self {
-        let (sender, receiver) = unbounded();
-        Self { sender, receiver, waker }
-    }
-
-    fn start(&self, peer: usize, host: String, port: u16) -> std::io::Result<()> {
-        let (sender, waker) = (self.sender.clone(), self.waker.clone());
-        let resolve = move || {
-            let found = (host.as_str(), port).to_socket_addrs();
-            let found = found.map(Iterator::collect).map_err(|error| error.to_string());
-            if sender.send((peer, found)).is_ok() {
-                waker.wake();
-            }
-        };
-        std::thread::Builder::new().name("kvxfer-resolve".into()).spawn(resolve).map(drop)
-    }
 }
 
 impl Control {
@@ -159,7 +129,7 @@ impl Control {
     }
 
     pub(super) fn take_resolutions(&mut self) {
-        while let Ok((peer, found)) = self.resolved.receiver.try_recv() {
+        while let Some((peer, found)) = self.resolved.next() {
             let waiting = self.dials[peer].as_ref().map(|dial| &dial.step);
             if !matches!(waiting, Some(Step::Resolving)) {
                 continue;

@@ -68,8 +68,8 @@ pub(super) type Arrival = (Frame, Vec<OwnedFd>);
 /// What a read ended with.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Read {
-    /// Nothing more is there, or the connection's turn is over.
-    Open,
+    /// Nothing more is there, or the connection's turn is over; whether anything was there.
+    Open { heard: bool },
     /// The other side has closed.
     End,
 }
@@ -121,17 +121,17 @@ impl Link {
                     let drained = bytes < scratch.len() && fds.is_empty();
                     self.inbox.push(&scratch[..bytes], fds, out)?;
                     if drained {
-                        return Ok(Read::Open);
+                        break;
                     }
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Read::Open),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
                 Err(error) if error.kind() == io::ErrorKind::InvalidData => {
                     return Err(ErrorKind::Protocol.error(error.to_string()));
                 }
                 Err(error) => return Err(ErrorKind::PeerLost.error(error.to_string())),
             }
         }
-        Ok(Read::Open)
+        Ok(Read::Open { heard: taken > 0 })
     }
 
     /// Writes what the socket takes. `Ok(true)` when nothing is left.

@@ -5,7 +5,7 @@
 //!
 //! * **Trust.** A Unix socket in a folder that only this user can enter, with a process of this user at
 //!   the other end, is trusted: descriptors may cross. TCP proves nothing. Over it a listener tells where
-//!   its Unix socket is ([`Purpose::Locate`]) and no more, unless `allow_insecure` is set on both sides.
+//!   its Unix socket is ([`Locate`](wire::Purpose::Locate)) and no more, unless `allow_insecure` is set on both sides.
 //! * **Time** is what the caller says it is. It is read once, when `poll` begins; what happens while
 //!   `poll` waits is dated by the next call, so that a lease is never judged too short. Timers run only
 //!   with a time that is fresh, and after what had come in was read.
@@ -16,6 +16,7 @@
 //!   dials waits in the kernel's queue; a spare descriptor would only let us turn them away.
 
 mod address;
+mod config;
 mod dialer;
 mod folder;
 mod greeting;
@@ -23,14 +24,14 @@ mod link;
 mod listener;
 mod peer;
 mod poller;
+mod resolver;
 mod timers;
 
 use std::collections::BTreeMap;
-use std::os::fd::{BorrowedFd, OwnedFd};
-use std::path::PathBuf;
+use std::os::fd::BorrowedFd;
 use std::time::Duration;
 
-use kvxfer_core::wire::{self, Hello, Message, Purpose};
+use kvxfer_core::wire::{self, Message};
 use kvxfer_core::{Error, ErrorKind, LinkId, Result, Time};
 use rustix::io::Errno;
 
@@ -39,9 +40,11 @@ use folder::UnixListener;
 use link::{Arrival, Link, Read, Stage};
 use listener::{Accepting, TcpListener};
 use poller::{Poller, Ready};
+use resolver::Resolutions;
 use timers::Throttle;
 
 pub use address::Address;
+pub use config::{ControlConfig, Counts, Event, Limits};
 pub use poller::Waker;
 
 /// Tokens of the listeners; links count from [`FIRST_LINK`].
@@ -51,135 +54,6 @@ const FIRST_LINK: u64 = 2;
 
 /// Queued bytes that are written at once instead of by the next poll.
 const WRITE_NOW: usize = 64 << 10;
-
-/// What a [`Control`] is made from.
-#[derive(Clone, Debug)]
-pub struct ControlConfig {
-    /// Where to listen: a TCP address, beside the socket in `socket_dir`; or the very path of a Unix
-    /// socket, in place of it.
-    pub listen: Option<Address>,
-    /// The folder for this agent's Unix socket, and for it alone: created with mode 0700, or verified.
-    /// `None`: no Unix socket, for who only dials.
-    pub socket_dir: Option<PathBuf>,
-    /// Who can be dialled; [`Control::dial`] counts them from 0.
-    pub peers: Vec<Address>,
-    /// Also run links over TCP, where nothing proves who the peer is.
-    pub allow_insecure: bool,
-    /// What to say of ourselves. `purpose` and `unix_path` are filled in.
-    pub hello: Hello,
-    /// The bounds.
-    pub limits: Limits,
-    /// Seed of the jitter between dials.
-    pub seed: u64,
-}
-
-impl ControlConfig {
-    /// Listens nowhere, dials nobody, trusts Unix sockets only.
-    pub fn new(hello: Hello) -> Self {
-        Self {
-            listen: None,
-            socket_dir: None,
-            peers: Vec::new(),
-            allow_insecure: false,
-            seed: u64::from_le_bytes(hello.incarnation.0[..8].try_into().expect("eight bytes")),
-            hello,
-            limits: Limits::default(),
-        }
-    }
-}
-
-/// The bounds of a [`Control`]. `silence` must be the same on all agents.
-#[derive(Clone, Copy, Debug)]
-pub struct Limits {
-    /// Connections at one time, those without a hello included.
-    pub max_links: usize,
-    /// From the beginning of a connection until the other side's hello.
-    pub hello_timeout: Duration,
-    /// The first pause between two dials; it doubles, and is jittered down to a half.
-    pub backoff: Duration,
-    /// The longest pause between two dials.
-    pub backoff_max: Duration,
-    /// A link on which nothing came for that long is down. Each side says something three times as often.
-    pub silence: Duration,
-    /// Bytes that wait for a peer to read them. Room for a few of the largest frames.
-    pub queue_bytes: usize,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self {
-            max_links: 1024,
-            hello_timeout: Duration::from_secs(2),
-            backoff: Duration::from_millis(50),
-            backoff_max: Duration::from_secs(5),
-            silence: Duration::from_secs(10),
-            queue_bytes: 8 << 20,
-        }
-    }
-}
-
-/// What [`Control::poll`] tells.
-#[derive(Debug)]
-pub enum Event {
-    /// Both hellos have passed.
-    Up {
-        /// The link.
-        link: LinkId,
-        /// Which configured peer was dialled; `None` if the peer dialled us.
-        dialled: Option<usize>,
-        /// What the dialler wants.
-        purpose: Purpose,
-        /// What the peer says of itself.
-        peer: Hello,
-        /// The protocol version of this link.
-        version: u16,
-        /// The peer's process, if it is on this host and in a PID namespace that we see.
-        pid: Option<u32>,
-        /// Readable once that process is dead. On every Unix link, unless the kernel is older than 6.5
-        /// and the namespaces differ.
-        pidfd: Option<OwnedFd>,
-        /// Whether this is a Unix socket, so that descriptors can be sent.
-        can_pass_fds: bool,
-        /// Why it is not a Unix socket, if it is not.
-        why_not_unix: Option<String>,
-    },
-    /// The peer says something. [`Message::Ping`] and [`Message::Bye`] are dealt with here.
-    Message {
-        /// The link.
-        link: LinkId,
-        /// What.
-        message: Message,
-        /// What came beside it.
-        fds: Vec<OwnedFd>,
-    },
-    /// The link is gone.
-    Down {
-        /// The link.
-        link: LinkId,
-        /// Why.
-        error: Error,
-    },
-    /// A dial did not become a link. The next one follows by itself.
-    DialFailed {
-        /// Which configured peer.
-        peer: usize,
-        /// Why.
-        error: Error,
-        /// After about that long.
-        retry_in: Duration,
-    },
-}
-
-/// What was turned away, for metrics.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Counts {
-    /// Accepted connections that ended without a link, other than [`Purpose::Locate`].
-    pub refused: u64,
-    /// Connections closed at once because there were [`Limits::max_links`].
-    pub over_limit: u64,
-    /// Times that accepting paused for want of descriptors or memory.
-    pub accept_pauses: u64,
-}
 
 /// The control sockets of one agent. See the [module](self).
 #[derive(Debug)]
@@ -194,7 +68,7 @@ pub struct Control {
     last_link: u64,
     /// One per configured peer.
     dials: Vec<Option<Dial>>,
-    resolved: dialer::Resolutions,
+    resolved: Resolutions,
     /// Links whose bytes are to be written before the next wait.
     dirty: Vec<LinkId>,
     /// Links marked `fresh`.
@@ -240,7 +114,7 @@ impl Control {
             config.hello.unix_path = listener.path.to_str().map(str::to_owned);
         }
         Ok(Self {
-            resolved: dialer::Resolutions::new(poller.waker()),
+            resolved: Resolutions::new(poller.waker()),
             poller,
             tcp,
             unix,
@@ -401,7 +275,7 @@ impl Control {
         let Some(link) = self.links.get_mut(&id) else { return };
         let mut arrivals = std::mem::take(&mut self.arrivals);
         let result = link.read(&mut self.scratch, &mut arrivals);
-        if !matches!(result, Ok(Read::End)) {
+        if let Ok(Read::Open { heard: true }) = result {
             mark(&mut link.fresh, &mut self.fresh, id);
         }
         for (frame, fds) in arrivals.drain(..) {
@@ -414,7 +288,7 @@ impl Control {
         self.arrivals = arrivals;
         let Some(link) = self.links.get(&id) else { return };
         match result {
-            Ok(Read::Open) => {}
+            Ok(Read::Open { .. }) => {}
             Ok(Read::End) => {
                 let error = ErrorKind::PeerLost.error("the peer closed the connection");
                 self.end(id, link.named(&error));

@@ -1,0 +1,80 @@
+use std::time::Duration;
+
+use kvxfer_core::ErrorKind;
+
+use crate::harness::*;
+
+const SECOND: Duration = Duration::from_secs(1);
+
+#[test]
+fn an_idle_link_lives_on_pings_alone_and_nothing_else_wakes_us() {
+    let folder = Folder::new();
+    let mut b = Node::new(config(2, &folder.sockets()));
+    let mut a = Node::new(dialling(1, &folder.sockets(), &b.control.addresses()[0]));
+    linked(&mut a, &mut b, Duration::ZERO);
+    let (mut now, mut polls) = (Duration::ZERO, 0);
+    while now < 100 * SECOND {
+        let next = a.control.next_timeout().unwrap().min(b.control.next_timeout().unwrap());
+        now = next.max(now);
+        for node in [&mut a, &mut b] {
+            node.control.poll(now, Some(Duration::ZERO), &mut node.events).unwrap();
+        }
+        // Once more, so that what one just sent is read at the same time.
+        for node in [&mut a, &mut b] {
+            node.control.poll(now, Some(Duration::ZERO), &mut node.events).unwrap();
+        }
+        polls += 1;
+    }
+    assert!(a.events.is_empty() && b.events.is_empty(), "{:?} {:?}", a.events, b.events);
+    assert!(polls < 100, "{polls} wake-ups in 100 s");
+}
+
+#[test]
+fn a_silent_peer_is_lost_after_the_lease() {
+    let folder = Folder::new();
+    let mut b = Node::new(config(2, &folder.sockets()));
+    let mut a = Node::new(dialling(1, &folder.sockets(), &b.control.addresses()[0]));
+    let (link, _) = linked(&mut a, &mut b, SECOND);
+    // b is stopped: a goes on talking, and hears nothing.
+    for half in 2..22 {
+        a.control.poll(half * SECOND / 2, Some(Duration::ZERO), &mut a.events).unwrap();
+        a.control.send(link, &note(1), &[]).unwrap();
+        assert!(a.down().is_none(), "after {half} half seconds");
+    }
+    a.control.poll(11 * SECOND, Some(Duration::ZERO), &mut a.events).unwrap();
+    let error = a.down().unwrap();
+    assert_eq!(error.kind(), ErrorKind::PeerLost);
+    assert!(error.to_string().contains("silent for 10s"), "{error}");
+}
+
+#[test]
+fn after_a_pause_what_came_meanwhile_counts() {
+    let folder = Folder::new();
+    let mut b = Node::new(config(2, &folder.sockets()));
+    let mut a = Node::new(dialling(1, &folder.sockets(), &b.control.addresses()[0]));
+    let (_, link) = linked(&mut a, &mut b, Duration::ZERO);
+    b.control.send(link, &note(3), &[]).unwrap();
+    b.control.poll(SECOND, Some(Duration::ZERO), &mut b.events).unwrap();
+    a.control.poll(600 * SECOND, Some(Duration::ZERO), &mut a.events).unwrap();
+    assert_eq!(a.message(), Some(note(3)));
+    assert!(a.down().is_none());
+    // And it counts from now on.
+    a.control.poll(609 * SECOND, Some(Duration::ZERO), &mut a.events).unwrap();
+    assert!(a.down().is_none());
+    a.control.poll(619 * SECOND, Some(Duration::ZERO), &mut a.events).unwrap();
+    assert!(a.down().is_some());
+}
+
+#[test]
+fn a_poll_that_waited_long_does_not_shorten_a_lease() {
+    let folder = Folder::new();
+    let mut b = Node::new(config(2, &folder.sockets()));
+    let mut a = Node::new(dialling(1, &folder.sockets(), &b.control.addresses()[0]));
+    // All of this is read by polls that began at 0.
+    linked(&mut a, &mut b, Duration::ZERO);
+    // The next one begins much later, and dates it.
+    b.control.poll(9 * SECOND, Some(Duration::ZERO), &mut b.events).unwrap();
+    a.control.poll(9 * SECOND, Some(Duration::ZERO), &mut a.events).unwrap();
+    a.control.poll(15 * SECOND, Some(Duration::ZERO), &mut a.events).unwrap();
+    assert!(a.down().is_none());
+}
