@@ -3,18 +3,16 @@ use proptest::prelude::*;
 
 use super::*;
 
+/// Those of this machine.
 fn kernels() -> Vec<Kernel> {
-    let mut kernels = vec![Kernel::Words];
-    #[cfg(target_arch = "x86_64")]
-    {
-        if is_x86_feature_detected!("avx2") {
-            kernels.push(Kernel::Avx2);
-        }
-        if is_x86_feature_detected!("avx512f") {
-            kernels.push(Kernel::Avx512);
-        }
-    }
-    kernels
+    let all = [
+        (Kernel::Words, true),
+        #[cfg(target_arch = "x86_64")]
+        (Kernel::Avx2, is_x86_feature_detected!("avx2")),
+        #[cfg(target_arch = "x86_64")]
+        (Kernel::Avx512, is_x86_feature_detected!("avx512f")),
+    ];
+    all.into_iter().filter_map(|(kernel, here)| here.then_some(kernel)).collect()
 }
 
 fn bytes(len: usize, seed: u64) -> Vec<u8> {
