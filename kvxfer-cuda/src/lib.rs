@@ -1,7 +1,21 @@
 //! Performs what `kvxfer-core` decides: sockets, memory, transports, threads.
+//!
+//! An engine rank's worker half starts an [`Agent`]; its scheduler half connects an [`ObserverHandle`] to the agents
+//! of all ranks. Nothing here needs CUDA or UCX to build or to start.
 
+pub mod agent;
+mod config;
 pub mod control;
 pub mod copy;
 pub mod fds;
+mod identity;
 pub mod memory;
+mod observer;
 pub mod transport;
+
+pub use agent::{Agent, AgentStats, KvLayer, Loaded};
+#[cfg(feature = "faults")]
+pub use config::Fault;
+pub use config::{AgentConfig, Role, default_socket_dir};
+pub use control::Address;
+pub use observer::ObserverHandle;

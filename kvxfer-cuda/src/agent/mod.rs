@@ -1,0 +1,296 @@
+//! One agent per engine rank.
+//!
+//! [`Agent`] is what the engine's worker half holds. Its methods validate and enqueue; one progress
+//! thread ([`progress`]) owns the sockets, the pool, the transports and the state machines, by `&mut`.
+//! Nothing here waits for a peer.
+//!
+//! Locks: one mutex around the loads that ended, held for a push or a swap; no other is taken under it.
+
+mod loads;
+mod progress;
+mod push;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, SendTimeoutError, Sender, bounded};
+use kvxfer_core::pool::PoolStats;
+use kvxfer_core::session::{ConsumerStats, LoadRequest, ProducerStats, PushRange};
+use kvxfer_core::{BlockId, Error, ErrorKind, Incarnation, LoadId, Result};
+use parking_lot::Mutex;
+
+use crate::config::AgentConfig;
+use crate::control::{Address, Waker};
+
+/// Commands that wait for the progress thread, at most.
+const COMMANDS: usize = 1 << 14;
+/// How long a caller waits for the progress thread before it is called dead.
+const STUCK: Duration = Duration::from_secs(10);
+
+/// One layer of the engine's KV cache, as the engine laid it out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct KvLayer {
+    /// Address of block 0.
+    pub address: usize,
+    /// How many blocks there are.
+    pub blocks: u32,
+    /// Bytes from one block to the next.
+    pub stride: u64,
+}
+
+/// A load that ended.
+#[derive(Clone, Debug)]
+pub struct Loaded {
+    /// The load.
+    pub load: LoadId,
+    /// Why it failed, if it did. Then the contents of its blocks are open.
+    pub result: Result<()>,
+    /// Bytes copied into the engine's blocks.
+    pub bytes: u64,
+    /// Tokens whose blocks were copied, in whole blocks' terms: of chunks that were loaded in part, that part.
+    pub tokens: u64,
+    /// From the request to the end.
+    pub seconds: f64,
+    /// The path by which the bytes came to the pool; several are joined by a comma.
+    pub path: String,
+}
+
+/// What an agent says of itself.
+#[derive(Clone, Debug, Default)]
+pub struct AgentStats {
+    /// The consumer's counters.
+    pub consumer: ConsumerStats,
+    /// The producer's counters.
+    pub producer: ProducerStats,
+    /// The pool, by page state.
+    pub pool: PoolStats,
+    /// Pages nobody accounts for: 0.
+    pub pages_leaked: u32,
+    /// Offers under way.
+    pub open_offers: u64,
+    /// Bytes written to consumers.
+    pub pushed_bytes: u64,
+    /// Writes posted: one a layer and chunk.
+    pub posts: u64,
+    /// Contiguous runs they consisted of.
+    pub runs: u64,
+    /// Bytes loaded into the engine.
+    pub loaded_bytes: u64,
+    /// Live links.
+    pub links: u64,
+}
+
+enum Command {
+    Register(Vec<KvLayer>, Sender<Result<()>>),
+    BeginStep(Vec<PushRange>),
+    LayerReady(u32),
+    EndStep,
+    Load(LoadRequest, Vec<Vec<BlockId>>),
+    Stats(Sender<AgentStats>),
+    Close,
+}
+
+/// What the progress thread shares with its callers.
+#[derive(Debug, Default)]
+struct Shared {
+    loaded: Mutex<Vec<Loaded>>,
+    stopped: AtomicBool,
+}
+
+/// An engine rank's agent. See the [module](self).
+#[derive(Debug)]
+pub struct Agent {
+    commands: Sender<Command>,
+    waker: Waker,
+    shared: Arc<Shared>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+    ended: Receiver<()>,
+    incarnation: Incarnation,
+    addresses: Vec<Address>,
+    layout: Arc<kvxfer_core::layout::KvLayout>,
+}
+
+impl std::fmt::Debug for Command {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::Register(..) => "Register",
+            Self::BeginStep(_) => "BeginStep",
+            Self::LayerReady(_) => "LayerReady",
+            Self::EndStep => "EndStep",
+            Self::Load(..) => "Load",
+            Self::Stats(_) => "Stats",
+            Self::Close => "Close",
+        })
+    }
+}
+
+impl Agent {
+    /// Allocates the pool, binds the sockets and starts the progress thread. Peers are dialled once the engine's
+    /// memory is registered.
+    ///
+    /// # Errors
+    /// `Config`: a field contradicts another. `Io`: no memory, no socket, no folder; the message names the fix.
+    pub fn start(config: AgentConfig) -> Result<Self> {
+        config.validate()?;
+        let (commands, inbox) = bounded(COMMANDS);
+        let (end, ended) = bounded::<()>(0);
+        let shared = Arc::new(Shared::default());
+        let layout = Arc::new(config.layout.clone());
+        let progress = progress::Progress::new(config, Arc::clone(&shared), inbox)?;
+        let (incarnation, waker) = (progress.incarnation(), progress.waker());
+        let addresses = progress.addresses().to_vec();
+        let stopped = Arc::clone(&shared);
+        let thread = std::thread::Builder::new()
+            .name("kvxfer".into())
+            .spawn(move || {
+                // Dropped however this thread ends: callers learn of it.
+                let _end = end;
+                let _stopped = Stopped(stopped);
+                progress.run();
+            })
+            .map_err(|error| ErrorKind::Io.error(format!("no thread for the agent: {error}")))?;
+        let thread = Mutex::new(Some(thread));
+        Ok(Self { commands, waker, shared, thread, ended, incarnation, addresses, layout })
+    }
+
+    /// This agent's life.
+    pub fn incarnation(&self) -> Incarnation {
+        self.incarnation
+    }
+
+    /// Where it listens, the Unix socket for observers included.
+    pub fn addresses(&self) -> &[Address] {
+        &self.addresses
+    }
+
+    /// The Unix socket at which the engine's scheduler half connects.
+    pub fn observer_address(&self) -> Option<&Address> {
+        self.addresses.iter().find(|address| matches!(address, Address::Unix(_)))
+    }
+
+    fn command(&self, command: Command) -> Result<()> {
+        let sent = self.commands.send_timeout(command, STUCK);
+        self.waker.wake();
+        sent.map_err(|error| match error {
+            SendTimeoutError::Timeout(command) => ErrorKind::Timeout
+                .error(format!("the progress thread took no {command:?} for {STUCK:?}")),
+            SendTimeoutError::Disconnected(_) => closed(),
+        })
+    }
+
+    fn ask<T>(&self, question: impl FnOnce(Sender<T>) -> Command) -> Result<T> {
+        let (reply, answer) = bounded(1);
+        self.command(question(reply))?;
+        answer.recv_timeout(STUCK).map_err(|_| closed())
+    }
+
+    /// Registers the engine's KV memory, one entry a layer, groups in order; once. Dials the peers.
+    ///
+    /// # Errors
+    /// `Config`: the layers are not those of the layout, or memory was registered before.
+    ///
+    /// # Safety
+    /// `blocks * stride` bytes from each address stay readable, and for a consumer writable, until
+    /// [`Agent::close`] has returned. A consumer's loads write to blocks that nobody else uses meanwhile.
+    pub unsafe fn register(&self, layers: Vec<KvLayer>) -> Result<()> {
+        self.ask(|reply| Command::Register(layers, reply))?
+    }
+
+    /// A step of the engine begins that completes these chunks. Reading them starts layer by layer.
+    ///
+    /// # Errors
+    /// `Closed`, or `Timeout` when the progress thread is stuck.
+    pub fn begin_step(&self, ranges: Vec<PushRange>) -> Result<()> {
+        self.command(Command::BeginStep(ranges))
+    }
+
+    /// The step has written its KV of this layer (flat index).
+    ///
+    /// # Errors
+    /// As [`Agent::begin_step`].
+    pub fn layer_ready(&self, layer: u32) -> Result<()> {
+        self.command(Command::LayerReady(layer))
+    }
+
+    /// The step has written all its KV.
+    ///
+    /// # Errors
+    /// As [`Agent::begin_step`].
+    pub fn end_step(&self) -> Result<()> {
+        self.command(Command::EndStep)
+    }
+
+    /// Loads chunks of a claim into the engine's blocks: for each group, the blocks of all those chunks,
+    /// [`NO_BLOCK`](kvxfer_core::NO_BLOCK) for one that is not to be loaded. Ends in exactly one [`Loaded`].
+    ///
+    /// # Errors
+    /// As [`Agent::begin_step`]; then nothing will be reported.
+    pub fn load(&self, request: LoadRequest, blocks: Vec<Vec<BlockId>>) -> Result<()> {
+        self.command(Command::Load(request, blocks))
+    }
+
+    /// Appends the loads that ended since the last call.
+    pub fn poll(&self, out: &mut Vec<Loaded>) {
+        out.append(&mut self.shared.loaded.lock());
+    }
+
+    /// Counters.
+    ///
+    /// # Errors
+    /// As [`Agent::begin_step`].
+    pub fn stats(&self) -> Result<AgentStats> {
+        self.ask(Command::Stats)
+    }
+
+    /// Whether the progress thread ended.
+    pub fn is_stopped(&self) -> bool {
+        self.shared.stopped.load(Ordering::Acquire)
+    }
+
+    /// Geometry.
+    pub fn layout(&self) -> &kvxfer_core::layout::KvLayout {
+        &self.layout
+    }
+
+    /// Ends everything: loads under way fail, peers are told, memory is let go. Idempotent. When it has
+    /// returned `Ok`, nothing of this agent touches the engine's memory.
+    ///
+    /// # Errors
+    /// `Timeout`: the progress thread did not end in time.
+    pub fn close(&self) -> Result<()> {
+        let Some(thread) = self.thread.lock().take() else { return Ok(()) };
+        let _ = self.commands.send_timeout(Command::Close, STUCK);
+        self.waker.wake();
+        // Not `join`: that has no deadline.
+        match self.ended.recv_timeout(STUCK) {
+            Err(crossbeam_channel::RecvTimeoutError::Timeout) => Err(ErrorKind::Timeout
+                .error(format!("the progress thread did not end within {STUCK:?}"))),
+            _ => {
+                let _ = thread.join();
+                Ok(())
+            }
+        }
+    }
+}
+
+impl Drop for Agent {
+    fn drop(&mut self) {
+        if let Err(error) = self.close() {
+            tracing::error!(%error, "agent dropped");
+        }
+    }
+}
+
+struct Stopped(Arc<Shared>);
+
+impl Drop for Stopped {
+    fn drop(&mut self) {
+        self.0.stopped.store(true, Ordering::Release);
+    }
+}
+
+fn closed() -> Error {
+    ErrorKind::Closed.error("the agent is closed")
+}

@@ -1,0 +1,171 @@
+//! What an agent is told about itself.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use kvxfer_core::gc::{AfterRetrieve, GcConfig};
+use kvxfer_core::layout::KvLayout;
+use kvxfer_core::{ErrorKind, Result};
+
+use crate::control::Address;
+
+/// What an agent may do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Pushes what its engine computed.
+    Producer,
+    /// Grants memory, and loads what arrives into its engine.
+    Consumer,
+    /// Both.
+    Both,
+}
+
+impl Role {
+    /// Whether it pushes.
+    pub fn produces(self) -> bool {
+        self != Self::Consumer
+    }
+
+    /// Whether it takes.
+    pub fn consumes(self) -> bool {
+        self != Self::Producer
+    }
+}
+
+/// An agent's configuration.
+#[derive(Clone, Debug)]
+pub struct AgentConfig {
+    /// What it may do.
+    pub role: Role,
+    /// For people: "decode-0 rank 1".
+    pub name: String,
+    /// Geometry of the engine's KV.
+    pub layout: KvLayout,
+    /// Consumer: the address producers dial.
+    pub listen: Option<Address>,
+    /// Producer: the consumers.
+    pub peers: Vec<Address>,
+    /// Folder for Unix sockets; both sides of a host share it. Created with mode 0700.
+    pub socket_dir: PathBuf,
+    /// Consumer: bytes of the pool.
+    pub buffer_size: u64,
+    /// Consumer: into how many segments the pool is cut. One producer writes to a segment at a time.
+    pub segments: u32,
+    /// Consumer: what to give up, and when.
+    pub gc: GcConfig,
+    /// Consumer: how long leave to write lasts unless renewed.
+    pub grant_ttl: Duration,
+    /// Consumer: how long it can last with renewals.
+    pub grant_cap: Duration,
+    /// Consumer: how long a writer may take to show that it stopped.
+    pub fence_timeout: Duration,
+    /// Consumer: how long producers have to say whether they offered all they have.
+    pub ask_timeout: Duration,
+    /// Consumer: most bytes granted to one producer and not yet committed.
+    pub window: u64,
+    /// Producer: how long the engine's blocks are held for a consumer that has no room.
+    pub hold: Duration,
+    /// A peer that is silent for so long is gone. The same on all agents.
+    pub silence: Duration,
+    /// Also talk over TCP, where nothing proves who the peer is.
+    pub allow_insecure: bool,
+    /// The path a link must have; a link on any other is refused.
+    pub require_path: Option<String>,
+    /// Deliberate faults, for tests.
+    #[cfg(feature = "faults")]
+    pub fault: Option<Fault>,
+}
+
+/// A deliberate fault.
+#[cfg(feature = "faults")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// Consumer: flip one byte of each chunk after its commit.
+    FlipAfterCommit,
+    /// Producer: never send a commit.
+    HoldCommit,
+}
+
+impl AgentConfig {
+    /// A configuration with the defaults of the documentation.
+    pub fn new(role: Role, layout: KvLayout) -> Self {
+        Self {
+            role,
+            name: String::new(),
+            layout,
+            listen: None,
+            peers: Vec::new(),
+            socket_dir: default_socket_dir(),
+            buffer_size: 1 << 30,
+            segments: 8,
+            gc: GcConfig {
+                enabled: true,
+                after_retrieve: AfterRetrieve::Drop,
+                high_watermark: 0.9,
+                low_watermark: 0.7,
+                unclaimed_ttl: Duration::from_secs(60),
+                batch: 256,
+            },
+            grant_ttl: Duration::from_secs(10),
+            grant_cap: Duration::from_secs(120),
+            fence_timeout: Duration::from_secs(5),
+            ask_timeout: Duration::from_millis(250),
+            window: 256 << 20,
+            hold: Duration::from_secs(30),
+            silence: Duration::from_secs(10),
+            allow_insecure: false,
+            require_path: None,
+            #[cfg(feature = "faults")]
+            fault: None,
+        }
+    }
+
+    /// Checks what can be checked without touching anything.
+    ///
+    /// # Errors
+    /// `Config`, naming the field and the fix.
+    pub fn validate(&self) -> Result<()> {
+        self.layout.validate()?;
+        let config = |about: String| ErrorKind::Config.error(about);
+        if self.role.produces() && self.peers.is_empty() {
+            return Err(config("a producer has no peers".into())
+                .fix("set peers to the addresses of the consumers"));
+        }
+        if self.role.consumes() {
+            if self.segments == 0 {
+                return Err(config("segments is 0".into()).fix("set it to at least 1"));
+            }
+            let page = self.layout.page_bytes();
+            if self.segment_pages() == 0 {
+                let least = page * u64::from(self.segments);
+                return Err(config(format!(
+                    "buffer_size is {} bytes, and one page of this model takes {page}",
+                    self.buffer_size
+                ))
+                .fix(format!("set buffer_size to at least {least}")));
+            }
+        }
+        match self.require_path.as_deref() {
+            None | Some("local" | "shm") => Ok(()),
+            Some(path) => Err(config(format!("require_path names {path:?}, which is no path"))
+                .fix("use local or shm")),
+        }
+    }
+
+    /// Pages in one segment.
+    pub fn segment_pages(&self) -> u32 {
+        let pages = self.buffer_size / u64::from(self.segments.max(1)) / self.layout.page_bytes();
+        u32::try_from(pages).unwrap_or(u32::MAX)
+    }
+}
+
+/// `$XDG_RUNTIME_DIR/kvxfer`, else `/tmp/kvxfer-UID`.
+pub fn default_socket_dir() -> PathBuf {
+    match std::env::var_os("XDG_RUNTIME_DIR") {
+        Some(dir) if !dir.is_empty() => PathBuf::from(dir).join("kvxfer"),
+        _ => {
+            let uid = rustix::process::getuid().as_raw();
+            std::env::temp_dir().join(format!("kvxfer-{uid}"))
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! Agents and observers, engines being models of ours: whole requests over real sockets and memory.
+
+mod engine;
+
+use engine::{BLOCK_TOKENS, CHUNK_TOKENS, Engine, config};
+use kvxfer_core::wire::message::Next;
+use kvxfer_core::{BlockId, ErrorKind};
+use kvxfer_cuda::Role;
+
+fn prompt(seed: u32, tokens: u32) -> Vec<u32> {
+    (0..tokens).map(|at| at.wrapping_mul(2_654_435_761) ^ seed).collect()
+}
+
+/// Scattered, so that runs of one block are the rule.
+fn blocks(tokens: &[u32], stride: u32) -> Vec<BlockId> {
+    let count = (tokens.len() as u32).div_ceil(BLOCK_TOKENS);
+    (0..count).map(|at| (at * stride + 3) % engine::BLOCKS).collect()
+}
+
+struct Pair {
+    prefill: Engine,
+    decode: Engine,
+    _dir: tempdir::TempDir,
+}
+
+mod tempdir {
+    use std::path::{Path, PathBuf};
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+
+    /// A folder of this test's own.
+    pub(crate) struct TempDir(PathBuf);
+
+    impl TempDir {
+        pub(crate) fn new() -> Self {
+            let number = NEXT.fetch_add(1, Ordering::Relaxed);
+            let name = format!("kvxfer-agent-test-{}-{number}", std::process::id());
+            Self(std::env::temp_dir().join(name))
+        }
+
+        pub(crate) fn path(&self) -> &Path {
+            &self.0
+        }
+    }
+
+    impl Drop for TempDir {
+        fn drop(&mut self) {
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+}
+
+fn pair(change: impl Fn(&mut kvxfer_cuda::AgentConfig)) -> Pair {
+    let dir = tempdir::TempDir::new();
+    let mut consumer = config(Role::Consumer, dir.path());
+    change(&mut consumer);
+    let decode = Engine::start(consumer);
+    let mut producer = config(Role::Producer, dir.path());
+    producer.peers = vec![decode.tcp()];
+    change(&mut producer);
+    Pair { prefill: Engine::start(producer), decode, _dir: dir }
+}
+
+#[test]
+fn a_prompt_gets_from_one_engine_to_the_other() {
+    let mut pair = pair(|_| {});
+    for (seed, tokens) in [(1, 1), (2, 16), (3, 17), (4, 64), (5, 65), (6, 1000)] {
+        let prompt = prompt(seed, tokens);
+        let (from, to) = (blocks(&prompt, 7), blocks(&prompt, 11));
+        pair.decode.poison();
+        let offer = pair.prefill.prefill(&prompt, &from);
+        let claim = pair.decode.claim(&prompt);
+        let status = pair.decode.until_claimed(claim, Next::Done);
+        assert_eq!(status.ready, tokens.div_ceil(CHUNK_TOKENS));
+        let loaded = pair.decode.load(claim, &prompt, &to);
+        assert_eq!(loaded.result, Ok(()));
+        assert_eq!(loaded.tokens, u64::from(tokens));
+        assert_eq!(loaded.path, "local");
+        assert!(pair.decode.holds(&prompt, &to), "{tokens} tokens");
+        pair.prefill.until_pushed(offer, status.ready as usize);
+    }
+    let stats = pair.decode.agent.stats().unwrap();
+    assert_eq!((stats.pool.free, stats.pages_leaked), (stats.pool.pages, 0), "{stats:?}");
+}
+
+#[test]
+fn a_pool_smaller_than_the_prompt_lets_it_through_in_windows() {
+    let page = u64::from(engine::BLOCK_BYTES) * engine::LAYERS as u64;
+    let mut pair = pair(|config| {
+        // Room for three chunks; the prompt has sixteen.
+        config.buffer_size = page * 12;
+        config.segments = 1;
+    });
+    let prompt = prompt(9, 1000);
+    let (from, to) = (blocks(&prompt, 7), blocks(&prompt, 11));
+    let offer = pair.prefill.prefill(&prompt, &from);
+    let claim = pair.decode.claim(&prompt);
+    let status = pair.decode.until_claimed(claim, Next::Stalled);
+    assert!(status.ready < 16 && status.coming == 16, "{status:?}");
+    let loaded = pair.decode.load(claim, &prompt, &to);
+    assert_eq!(loaded.result, Ok(()));
+    assert!(pair.decode.holds(&prompt, &to));
+    pair.prefill.until_pushed(offer, 16);
+}
+
+#[test]
+fn a_chunk_larger_than_the_pool_is_refused() {
+    let page = u64::from(engine::BLOCK_BYTES) * engine::LAYERS as u64;
+    let mut pair = pair(|config| {
+        config.buffer_size = page * 3;
+        config.segments = 1;
+    });
+    let prompt = prompt(9, 100);
+    let offer = pair.prefill.prefill(&prompt, &blocks(&prompt, 7));
+    pair.prefill.until_pushed(offer, 2);
+    let claim = pair.decode.claim(&prompt);
+    pair.decode.until_claimed(claim, Next::Lost);
+    assert_eq!(pair.prefill.agent.stats().unwrap().producer.skipped, 2);
+}
+
+#[test]
+fn what_nobody_offers_is_missing_after_one_question() {
+    let pair = pair(|_| {});
+    pair.prefill.until(|engine| (engine.agent.stats().unwrap().links == 2).then_some(()));
+    let claim = pair.decode.claim(&prompt(1, 100));
+    pair.decode.until_claimed(claim, Next::Missing);
+}
+
+#[test]
+fn a_load_of_what_is_not_claimed_fails_once() {
+    let mut pair = pair(|_| {});
+    let prompt = prompt(1, 100);
+    let nobody = kvxfer_core::ClaimId(12345);
+    let loaded = pair.decode.load(nobody, &prompt, &blocks(&prompt, 7));
+    assert_eq!(loaded.result.unwrap_err().kind(), ErrorKind::NotFound);
+}
+
+#[test]
+fn a_producer_of_another_model_is_refused_by_name() {
+    let pair = pair(|config| {
+        if config.role == Role::Producer {
+            config.layout.model = "another model".into();
+        }
+    });
+    let claim = pair.decode.claim(&prompt(1, 100));
+    pair.decode.until_claimed(claim, Next::NoProducer);
+    assert_eq!(pair.decode.agent.stats().unwrap().consumer.offered, 0);
+}
+
+#[cfg(feature = "faults")]
+#[test]
+fn a_byte_that_flips_in_the_pool_is_caught() {
+    let mut pair = pair(|config| config.fault = Some(kvxfer_cuda::Fault::FlipAfterCommit));
+    let prompt = prompt(1, 100);
+    pair.prefill.prefill(&prompt, &blocks(&prompt, 7));
+    let claim = pair.decode.claim(&prompt);
+    pair.decode.until_claimed(claim, Next::Done);
+    let loaded = pair.decode.load(claim, &prompt, &blocks(&prompt, 11));
+    assert_eq!(loaded.result.unwrap_err().kind(), ErrorKind::Corrupt);
+    let stats = pair.decode.agent.stats().unwrap();
+    assert_eq!((stats.pool.free, stats.consumer.corrupt), (stats.pool.pages, 2), "{stats:?}");
+}
