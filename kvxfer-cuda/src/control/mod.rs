@@ -113,6 +113,8 @@ impl Control {
             addresses.push(Address::Unix(listener.path.clone()));
             config.hello.unix_path = listener.path.to_str().map(str::to_owned);
         }
+        wire::bounds::check_hello(&config.hello)
+            .map_err(|error| ErrorKind::Config.error(format!("cannot introduce us: {error}")))?;
         Ok(Self {
             resolved: Resolutions::new(poller.waker()),
             poller,

@@ -70,11 +70,10 @@ fn a_poll_that_waited_long_does_not_shorten_a_lease() {
     let folder = Folder::new();
     let mut b = Node::new(config(2, &folder.sockets()));
     let mut a = Node::new(dialling(1, &folder.sockets(), &b.control.addresses()[0]));
-    // All of this is read by polls that began at 0.
     linked(&mut a, &mut b, Duration::ZERO);
-    // The next one begins much later, and dates it.
+    // At 9 s b says something, which ends a poll of a that began at 0.
     b.control.poll(9 * SECOND, Some(Duration::ZERO), &mut b.events).unwrap();
-    a.control.poll(9 * SECOND, Some(Duration::ZERO), &mut a.events).unwrap();
-    a.control.poll(15 * SECOND, Some(Duration::ZERO), &mut a.events).unwrap();
+    a.control.poll(Duration::ZERO, Some(PATIENCE), &mut a.events).unwrap();
+    a.control.poll(11 * SECOND, Some(Duration::ZERO), &mut a.events).unwrap();
     assert!(a.down().is_none());
 }
