@@ -301,10 +301,10 @@ impl Control {
 
     /// Writes what is queued, and watches for room if that is not all.
     fn flush(&mut self, id: LinkId) {
-        let Some(link) = self.links.get_mut(&id) else { return };
-        if matches!(link.stage, Stage::Connecting) {
+        let link = self.links.get_mut(&id);
+        let Some(link) = link.filter(|link| !matches!(link.stage, Stage::Connecting)) else {
             return;
-        }
+        };
         let before = link.outbox.len();
         match link.flush() {
             Ok(empty) => {
