@@ -4,7 +4,7 @@ use std::net::{SocketAddr, ToSocketAddrs};
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use kvxfer_core::{Error, ErrorKind, Result, Time};
+use kvxfer_core::{Error, ErrorKind, LinkId, Result, Time};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, sockopt};
 
@@ -201,7 +201,8 @@ impl Control {
     }
 
     /// An accepted connection ended before it was a link.
-    pub(super) fn turned_away(&mut self, link: &Link, error: &Error) {
+    pub(super) fn turned_away(&mut self, id: LinkId, error: &Error) {
+        let Some(link) = self.forget_link(id) else { return };
         if !link.inbox.touched && error.kind() == ErrorKind::PeerLost {
             // A health check, or another agent that looks whether we live.
             tracing::debug!("{} connected and left", link.remote);

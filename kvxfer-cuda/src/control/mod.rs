@@ -364,11 +364,7 @@ impl Control {
                 self.events.push(Event::Down { link: id, error });
             }
             (_, Some(peer)) => self.attempt_failed(peer, id, error),
-            (_, None) => {
-                if let Some(link) = self.forget_link(id) {
-                    self.turned_away(&link, &error);
-                }
-            }
+            (_, None) => self.turned_away(id, &error),
         }
     }
 }
