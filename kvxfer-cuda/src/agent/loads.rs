@@ -11,7 +11,7 @@ use kvxfer_core::session::{Copied, LoadRequest};
 use kvxfer_core::{BlockId, ChunkKey, Error, ErrorKind, GrantId, LoadId, NO_BLOCK, Result, sum};
 
 use super::Loaded;
-use crate::copy::{Stores, copy_summed, sum_of};
+use crate::copy::{Stores, copy_summed, drain, sum_of};
 use crate::memory::{HostPool, Regions};
 
 /// A chunk to copy, as the state machine ordered it.
@@ -27,6 +27,7 @@ pub(super) struct Job {
 
 struct Target {
     first_chunk: u32,
+    stores: Stores,
     blocks: Vec<Vec<BlockId>>,
     started: Instant,
     bytes: u64,
@@ -82,8 +83,10 @@ impl Loads {
                 blocks.len()
             )));
         }
+        let wanted = blocks.iter().flatten().filter(|&&id| id != NO_BLOCK).count() as u64;
         let target = Target {
             first_chunk: request.first_chunk,
+            stores: Stores::for_load(self.layout.page_bytes() * wanted),
             blocks,
             started: Instant::now(),
             bytes: 0,
@@ -119,6 +122,8 @@ impl Loads {
             .remove(&job.load)
             .ok_or_else(|| ErrorKind::NotFound.error(format!("load {} is unknown", job.load)))?;
         let copied = self.copy_into(pool, job, &target);
+        // Before anybody is told that the blocks are filled.
+        drain();
         if let Ok((bytes, tokens)) = copied {
             target.bytes += bytes;
             target.tokens += tokens;
@@ -132,10 +137,7 @@ impl Loads {
         let mut bytes = 0;
         let mut tokens = u64::MAX;
         for flat in 0..self.layout.layers() {
-            let (group, layer) = self
-                .layout
-                .layer(flat)
-                .ok_or_else(|| ErrorKind::OutOfBounds.error(format!("no layer {flat}")))?;
+            let (group, _) = self.place(flat)?;
             let per_chunk = self.chunk_blocks(group.into());
             let count = self.layout.blocks(group, job.tokens) as usize;
             let start = (job.chunk - target.first_chunk) as usize * per_chunk;
@@ -148,7 +150,7 @@ impl Loads {
                     table.len()
                 ))
             })?;
-            let (copied, value) = self.copy_layer(pool, job, flat, group, layer, blocks)?;
+            let (copied, value) = self.copy_layer(pool, job, target, flat, blocks)?;
             bytes += copied;
             if value != job.sums[flat as usize] {
                 return Err(ErrorKind::Corrupt.error(format!(
@@ -163,16 +165,21 @@ impl Loads {
         Ok((bytes, tokens))
     }
 
+    fn place(&self, flat: u32) -> Result<(u16, u32)> {
+        let none = || ErrorKind::OutOfBounds.error(format!("there is no layer {flat}"));
+        self.layout.layer(flat).ok_or_else(none)
+    }
+
     /// Copies the wanted blocks of one layer, and sums all of them: those that are not wanted, where they lie.
     fn copy_layer(
         &mut self,
         pool: &HostPool,
         job: &Job,
+        target: &Target,
         flat: u32,
-        group: u16,
-        layer: u32,
         blocks: &[BlockId],
     ) -> Result<(u64, u64)> {
+        let (group, layer) = self.place(flat)?;
         let memory = &self.memory[flat as usize];
         self.plan.clear();
         layer_loads(&self.layout, flat, memory, &job.extents, blocks, &mut self.plan)?;
@@ -185,7 +192,7 @@ impl Loads {
             // SAFETY: `at` checked both ranges; the engine gave these blocks to this load alone, so the pool
             // and they do not overlap and nobody else writes to them.
             let part =
-                unsafe { copy_summed(dst, src, copy.len as usize, seed, *word, Stores::Cached) };
+                unsafe { copy_summed(dst, src, copy.len as usize, seed, *word, target.stores) };
             value = value.wrapping_add(part);
             bytes += copy.len;
         }

@@ -1,0 +1,282 @@
+//! The worker half's agent.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use kvxfer_core::gc::{AfterRetrieve, GcConfig};
+use kvxfer_core::session::{LoadRequest, PushRange};
+use kvxfer_core::{BlockId, ClaimId, ErrorKind, LoadId, OfferId, Result};
+use kvxfer_cuda::{Agent as CoreAgent, AgentConfig, KvLayer, Role, default_socket_dir};
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+
+use crate::errors::raise;
+use crate::keys::{Layout, words};
+
+#[pyclass(frozen, module = "kvxfer._kvxfer")]
+pub(crate) struct Loaded {
+    #[pyo3(get)]
+    load: u64,
+    #[pyo3(get)]
+    error: Option<String>,
+    #[pyo3(get)]
+    bytes: u64,
+    #[pyo3(get)]
+    tokens: u64,
+    #[pyo3(get)]
+    seconds: f64,
+    #[pyo3(get)]
+    path: String,
+}
+
+#[pyclass(frozen, module = "kvxfer._kvxfer")]
+pub(crate) struct Agent(CoreAgent);
+
+#[pymethods]
+impl Agent {
+    #[new]
+    #[pyo3(signature = (*, role, layout, name, listen, peers, socket_dir, buffer_size, gc, gc_policy,
+        high_watermark, low_watermark, unclaimed_ttl, load_timeout, hold_timeout, lease, allow_insecure,
+        require_path))]
+    #[expect(clippy::too_many_arguments, reason = "keywords, each a documented setting")]
+    fn new(
+        py: Python<'_>,
+        role: &str,
+        layout: &Layout,
+        name: String,
+        listen: Option<&str>,
+        peers: Vec<String>,
+        socket_dir: Option<String>,
+        buffer_size: u64,
+        gc: bool,
+        gc_policy: &str,
+        high_watermark: f32,
+        low_watermark: f32,
+        unclaimed_ttl: f64,
+        load_timeout: f64,
+        hold_timeout: f64,
+        lease: f64,
+        allow_insecure: bool,
+        require_path: Option<String>,
+    ) -> PyResult<Self> {
+        let role = match role {
+            "producer" => Role::Producer,
+            "consumer" => Role::Consumer,
+            "both" => Role::Both,
+            other => return Err(bad("role", other, "producer, consumer or both")),
+        };
+        let after_retrieve = match gc_policy {
+            "drop" => AfterRetrieve::Drop,
+            "keep" => AfterRetrieve::Keep,
+            other => return Err(bad("gc_policy", other, "drop or keep")),
+        };
+        let defaults = AgentConfig::new(role, layout.0.clone());
+        let lease = seconds("lease", lease)?;
+        let config = AgentConfig {
+            name,
+            listen: listen.map(str::parse).transpose().map_err(raise)?,
+            peers: peers.iter().map(|peer| peer.parse()).collect::<Result<_>>().map_err(raise)?,
+            socket_dir: socket_dir.map_or_else(default_socket_dir, Into::into),
+            buffer_size,
+            gc: GcConfig {
+                enabled: gc,
+                after_retrieve,
+                high_watermark,
+                low_watermark,
+                unclaimed_ttl: seconds("unclaimed_ttl", unclaimed_ttl)?,
+                ..defaults.gc
+            },
+            grant_ttl: lease,
+            grant_cap: seconds("load_timeout", load_timeout)?.max(lease),
+            hold: seconds("hold_timeout", hold_timeout)?,
+            silence: lease,
+            allow_insecure,
+            require_path,
+            #[cfg(feature = "faults")]
+            fault: fault()?,
+            ..defaults
+        };
+        py.detach(|| CoreAgent::start(config)).map(Self).map_err(raise)
+    }
+
+    #[getter]
+    fn address(&self) -> PyResult<String> {
+        let none = || raise(ErrorKind::Config.error("this agent has no Unix socket"));
+        self.0.observer_address().map(ToString::to_string).ok_or_else(none)
+    }
+
+    #[getter]
+    fn addresses(&self) -> Vec<String> {
+        self.0.addresses().iter().map(ToString::to_string).collect()
+    }
+
+    fn register(&self, py: Python<'_>, layers: Vec<(usize, u32, u64)>) -> PyResult<()> {
+        let layers = layers
+            .into_iter()
+            .map(|(address, blocks, stride)| KvLayer { address, blocks, stride })
+            .collect();
+        // SAFETY: Python's promise, which the stub's documentation states: the caller keeps the tensors alive
+        // until `close` has returned, and gives a load's blocks to nobody else.
+        py.detach(|| unsafe { self.0.register(layers) }).map_err(raise)
+    }
+
+    fn begin_step(&self, py: Python<'_>, ranges: Vec<(u64, u32, Vec<Vec<u8>>)>) -> PyResult<()> {
+        let ranges = ranges
+            .into_iter()
+            .map(|(offer, first_chunk, tables)| {
+                let blocks = self.by_chunk(&tables)?;
+                Ok(PushRange { offer: OfferId(offer), first_chunk, blocks })
+            })
+            .collect::<PyResult<Vec<_>>>()?;
+        py.detach(|| self.0.begin_step(ranges)).map_err(raise)
+    }
+
+    fn layer_ready(&self, py: Python<'_>, layer: u32) -> PyResult<()> {
+        py.detach(|| self.0.layer_ready(layer)).map_err(raise)
+    }
+
+    fn end_step(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| self.0.end_step()).map_err(raise)
+    }
+
+    fn load(
+        &self,
+        py: Python<'_>,
+        load: u64,
+        claim: u64,
+        first_chunk: u32,
+        chunks: u32,
+        blocks: Vec<Vec<u8>>,
+    ) -> PyResult<()> {
+        let blocks = blocks.iter().map(|ids| words(ids)).collect::<PyResult<_>>()?;
+        let request =
+            LoadRequest { load: LoadId(load), claim: ClaimId(claim), first_chunk, chunks };
+        py.detach(|| self.0.load(request, blocks)).map_err(raise)
+    }
+
+    fn poll(&self, py: Python<'_>) -> Vec<Loaded> {
+        let mut loaded = Vec::new();
+        py.detach(|| self.0.poll(&mut loaded));
+        loaded
+            .into_iter()
+            .map(|one| Loaded {
+                load: one.load.0,
+                error: one.result.err().map(|error| error.to_string()),
+                bytes: one.bytes,
+                tokens: one.tokens,
+                seconds: one.seconds,
+                path: one.path,
+            })
+            .collect()
+    }
+
+    fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let stats = py.detach(|| self.0.stats()).map_err(raise)?;
+        let dict = PyDict::new(py);
+        let (consumer, producer, pool) = (stats.consumer, stats.producer, stats.pool);
+        for (name, value) in [
+            ("offered_chunks", consumer.offered),
+            ("granted_chunks", consumer.granted),
+            ("committed_chunks", consumer.committed),
+            ("late_commits", consumer.late_commits),
+            ("had_chunks", consumer.had),
+            ("revoked_grants", consumer.revoked),
+            ("refused_chunks", consumer.refused),
+            ("claims", consumer.claims),
+            ("loads", consumer.loads),
+            ("failed_loads", consumer.failed_loads),
+            ("corrupt_chunks", consumer.corrupt),
+            ("replaced_segments", consumer.replaced_segments),
+            ("pushed_chunks", producer.committed),
+            ("late_chunks", producer.late),
+            ("known_chunks", producer.had),
+            ("skipped_chunks", producer.skipped),
+            ("failed_posts", producer.failed_posts),
+            ("open_offers", stats.open_offers),
+            ("pushed_bytes", stats.pushed_bytes),
+            ("posts", stats.posts),
+            ("runs", stats.runs),
+            ("loaded_bytes", stats.loaded_bytes),
+            ("links", stats.links),
+            ("pages", pool.pages.into()),
+            ("pages_free", pool.free.into()),
+            ("pages_granted", pool.granted.into()),
+            ("pages_committed", pool.committed.into()),
+            ("pages_condemned", pool.condemned.into()),
+            ("pages_quarantined", pool.quarantined.into()),
+            ("pages_leaked", stats.pages_leaked.into()),
+        ] {
+            dict.set_item(name, value)?;
+        }
+        Ok(dict)
+    }
+
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| self.0.close()).map_err(raise)
+    }
+
+    fn __enter__(slf: Py<Self>) -> Py<Self> {
+        slf
+    }
+
+    fn __exit__(
+        &self,
+        py: Python<'_>,
+        _kind: &Bound<'_, PyAny>,
+        _value: &Bound<'_, PyAny>,
+        _traceback: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        self.close(py)
+    }
+}
+
+impl Agent {
+    /// Block tables of consecutive chunks, cut into one a chunk.
+    fn by_chunk(&self, tables: &[Vec<u8>]) -> PyResult<Vec<Arc<[Vec<BlockId>]>>> {
+        let layout = self.0.layout();
+        if tables.len() != layout.groups.len() {
+            let what = format!("{} block tables, {} groups", tables.len(), layout.groups.len());
+            return Err(raise(ErrorKind::Config.error(what)));
+        }
+        let mut chunks: Vec<Vec<Vec<BlockId>>> = Vec::new();
+        for (at, (table, group)) in tables.iter().zip(&layout.groups).enumerate() {
+            let ids = words(table)?;
+            let per_chunk = (layout.chunk_tokens / group.block_tokens) as usize;
+            for (chunk, ids) in ids.chunks(per_chunk).enumerate() {
+                if at == 0 {
+                    chunks.push(Vec::with_capacity(tables.len()));
+                }
+                let Some(groups) = chunks.get_mut(chunk).filter(|groups| groups.len() == at) else {
+                    let what = format!("group {at} has blocks of another number of chunks");
+                    return Err(raise(ErrorKind::Config.error(what)));
+                };
+                groups.push(ids.to_vec());
+            }
+        }
+        if chunks.iter().any(|groups| groups.len() != tables.len()) {
+            let what = "the groups' block tables are of different numbers of chunks";
+            return Err(raise(ErrorKind::Config.error(what)));
+        }
+        Ok(chunks.into_iter().map(Into::into).collect())
+    }
+}
+
+fn seconds(name: &str, value: f64) -> PyResult<Duration> {
+    Duration::try_from_secs_f64(value)
+        .map_err(|_| bad(name, &value.to_string(), "a number of seconds"))
+}
+
+fn bad(name: &str, value: &str, wanted: &str) -> PyErr {
+    raise(ErrorKind::Config.error(format!("{name} is {value:?}")).fix(format!("use {wanted}")))
+}
+
+/// `KVXFER_FAULT`, in builds for tests.
+#[cfg(feature = "faults")]
+fn fault() -> PyResult<Option<kvxfer_cuda::Fault>> {
+    match std::env::var("KVXFER_FAULT").as_deref() {
+        Err(_) | Ok("") => Ok(None),
+        Ok("flip-after-commit") => Ok(Some(kvxfer_cuda::Fault::FlipAfterCommit)),
+        Ok("hold-commit") => Ok(Some(kvxfer_cuda::Fault::HoldCommit)),
+        Ok(other) => Err(bad("KVXFER_FAULT", other, "flip-after-commit or hold-commit")),
+    }
+}
