@@ -50,6 +50,6 @@ def world(monkeypatch):
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
     """The directory of a model that is only looked at."""
-    import harness
+    import rig
 
-    return harness.model_dir(tmp_path_factory.mktemp("models") / "tiny")
+    return rig.model_dir(tmp_path_factory.mktemp("models") / "tiny")

@@ -1,8 +1,8 @@
 """A prompt's KV from one real scheduler to another, when nothing goes wrong."""
 
-import harness
 import pytest
-from harness import BLOCK, CHUNK, LAYERS, Engine, assert_clean, prompt
+import rig
+from rig import BLOCK, CHUNK, LAYERS, Engine, assert_clean, prompt
 
 LENGTHS = [2, BLOCK - 1, BLOCK, BLOCK + 1, CHUNK - 1, CHUNK, CHUNK + 1, 100, 640]
 
@@ -149,10 +149,10 @@ def test_a_request_that_may_not_read_caches_claims_nothing(world, model):
 
 def test_the_salt_keeps_equal_prompts_apart(world, model):
     producer, consumer = Engine(model, "kv_producer"), Engine(model, "kv_consumer")
-    request = harness.Request(
+    request = rig.Request(
         request_id="p",
         prompt_token_ids=prompt(50),
-        sampling_params=harness.SamplingParams(max_tokens=1, ignore_eos=True),
+        sampling_params=rig.SamplingParams(max_tokens=1, ignore_eos=True),
         pooling_params=None,
         block_hasher=producer.hasher,
         cache_salt="a tenant",

@@ -327,17 +327,23 @@ class Config:
         """Whether this engine receives."""
         return self.role != "producer"
 
+    @property
+    def _peer(self) -> str:
+        ipv6 = ":" in self.peer_host and not self.peer_host.startswith("[")
+        host = f"[{self.peer_host}]" if ipv6 else self.peer_host
+        return f"{host}:{self.peer_port}"
+
     def listen_at(self, rank: int) -> str | None:
         """Where a rank listens; None for a producer."""
         if not self.consumes:
             return None
-        return _for_rank(self.listen or f"{self.peer_host}:{self.peer_port}", rank, "listen")
+        return _for_rank(self.listen or self._peer, rank, "listen")
 
     def peers_of(self, rank: int) -> list[str]:
         """Whom a rank dials; nobody for a consumer. With `both`, only who is listed."""
         if not self.produces:
             return []
-        default = (f"{self.peer_host}:{self.peer_port}",) if self.role == "producer" else ()
+        default = (self._peer,) if self.role == "producer" else ()
         return [_for_rank(peer, rank, "peers") for peer in self.peers or default]
 
 

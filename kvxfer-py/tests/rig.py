@@ -8,7 +8,6 @@ import hashlib
 import json
 from collections import deque
 
-import fake
 import torch
 from vllm.config import (
     CacheConfig,
@@ -168,7 +167,6 @@ class Engine:
         self.outputs = {}
         self.finish_reasons = {}
         self.steps = 0
-        self.prefill = []  # (request, tokens) of every step
         self.reports = []  # finished_recving, over all steps
         self.computed = {}  # request -> tokens that the forward was given
         self.pending = deque()
@@ -233,13 +231,25 @@ class Engine:
         self.collect()
 
     def launch(self):
+        """Schedules. The workers lag behind: they run the step when it is collected."""
         output = self.scheduler.schedule()
         self.steps += 1
         assert output.kv_connector_block_state is None
-        self.pending.append((output, self._execute(output)))
+        plan = {}
+        for request_id, scheduled in output.num_scheduled_tokens.items():
+            request = self.scheduler.requests[request_id]
+            ids = self.scheduler.kv_cache_manager.get_block_ids(request_id)
+            # It was advanced when the step was scheduled.
+            end = request.num_computed_tokens
+            done = end >= request.num_tokens
+            plan[request_id] = (request, end - scheduled, end, [list(i) for i in ids], done)
+            self.computed[request_id] = self.computed.get(request_id, 0) + scheduled
+        self.pending.append((output, plan))
 
     def collect(self):
-        output, result = self.pending.popleft()
+        output, plan = self.pending.popleft()
+        ranks = [self._execute(rank, output, plan) for rank in self.ranks]
+        result = self.aggregator.aggregate(ranks)
         updates = self.scheduler.update_from_output(output, result)
         for core in updates.values():
             for item in core.outputs:
@@ -254,22 +264,18 @@ class Engine:
             limit -= 1
             self.step()
 
-    def _execute(self, output):
-        outputs = [self._execute_rank(rank, output) for rank in self.ranks]
-        return self.aggregator.aggregate(outputs)
-
-    def _execute_rank(self, rank, output):
+    def _execute(self, rank, output, plan):
         connector = rank.connector
         connector.handle_preemptions(output.kv_connector_metadata)
         connector.bind_connector_metadata(output.kv_connector_metadata)
         try:
-            for n, name in enumerate(rank.layers):
-                if output.num_scheduled_tokens:
-                    self._layer(rank, n, output)
-                    connector.save_kv_layer(name, rank.caches[name], None)
-                    if self.fail_forward:
-                        raise RuntimeError("the forward failed")
+            for n, name in enumerate(rank.layers if plan else ()):
+                self._layer(rank, n, plan)
+                connector.save_kv_layer(name, rank.caches[name], None)
+                if self.fail_forward:
+                    raise RuntimeError("the forward failed")
         finally:
+            # As vLLM's runner does it, also after an exception.
             connector.start_load_kv(None)
             connector.wait_for_save()
             results = connector.get_transfer_results(output.finished_req_ids)
@@ -280,45 +286,28 @@ class Engine:
             finished_recving=results.finished_recving or None,
             failed_recving=results.failed_recving,
         )
-        return self._result(output, told)
+        return self._result(plan, told)
 
-    def _layer(self, rank, layer, output):
+    def _layer(self, rank, layer, plan):
         """Writes one layer's KV for everything scheduled."""
-        group, count = 0, 0
-        for group, spec in enumerate(self.kv.kv_cache_groups):  # noqa: B007
-            count += len(spec.layer_names)
-            if layer < count:
-                break
-        for request_id, scheduled in output.num_scheduled_tokens.items():
-            request = self.scheduler.requests[request_id]
-            start, ids = self._where(request_id, scheduled, request, group)
-            if layer == 0 and rank.rank == 0:
-                self.computed[request_id] = self.computed.get(request_id, 0) + scheduled
-            for position in range(start, start + scheduled):
+        group = layer // len(LAYERS)
+        for request, start, end, block_ids, _ in plan.values():
+            for position in range(start, end):
                 prefix = request.all_token_ids[: position + 1]
-                block, row = ids[position // BLOCK], position % BLOCK
+                block, row = block_ids[group][position // BLOCK], position % BLOCK
                 rank.memory[layer, block, 0, row] = fingerprint(prefix)
 
-    def _where(self, request_id, scheduled, request, group):
-        # `num_computed_tokens` was advanced when the step was scheduled.
-        ids = self.scheduler.kv_cache_manager.get_block_ids(request_id)[group]
-        return request.num_computed_tokens - scheduled, ids
-
-    def _result(self, output, told):
-        ids = list(output.num_scheduled_tokens)
-        if not ids:
+    def _result(self, plan, told):
+        if not plan:
             result = ModelRunnerOutput(**vars(EMPTY_MODEL_RUNNER_OUTPUT))
             result.kv_connector_output = told
             return result
-        sampled = []
-        for request_id in ids:
-            request = self.scheduler.requests[request_id]
-            done = request.num_computed_tokens >= request.num_tokens
-            sampled.append([1000 + request.num_tokens] if done else [])
         return ModelRunnerOutput(
-            req_ids=ids,
-            req_id_to_index={request_id: n for n, request_id in enumerate(ids)},
-            sampled_token_ids=sampled,
+            req_ids=list(plan),
+            req_id_to_index={request_id: n for n, request_id in enumerate(plan)},
+            sampled_token_ids=[
+                [1000 + request.num_tokens] if done else [] for request, *_, done in plan.values()
+            ],
             kv_connector_output=told,
         )
 
@@ -350,7 +339,3 @@ def assert_clean(*engines):
         for rank in engine.ranks:
             assert not rank.connector._worker._open
             assert not rank.agent.claims
-
-
-def world():
-    return fake.world
