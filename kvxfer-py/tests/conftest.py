@@ -14,7 +14,6 @@ os.environ.update(
     VLLM_TARGET_DEVICE="cpu",
     VLLM_NO_USAGE_STATS="1",
     HF_HUB_OFFLINE="1",
-    VLLM_LOGGING_LEVEL="WARNING",
 )
 for name in [n for n in os.environ if n.startswith(("KVXFER_", "LMCACHE_"))]:
     del os.environ[name]
@@ -27,6 +26,13 @@ except ImportError:
 
     sys.path.insert(0, str(HERE.parent / "python"))
     sys.modules["kvxfer._kvxfer"] = fake
+
+
+def pytest_collection_modifyitems(items):
+    """Real engines take their time; everything else has the seconds of pyproject.toml."""
+    for item in items:
+        if item.get_closest_marker("e2e") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(900))
 
 
 @pytest.fixture

@@ -255,7 +255,7 @@ class Agent:
         moved = False
         for offer_id, offer in self.offers.items():
             for chunk in sorted(offer.handed):
-                takers = [c for c in world.consumers() if c.rank == self.rank]
+                takers = [c for c in world.consumers() if c.rank == self.rank and c is not self]
                 if not world.connected or not takers:
                     continue
                 ids, spans = offer.handed[chunk]
@@ -283,7 +283,7 @@ class Agent:
     def coming(self, name):
         for producer in world.producers():
             for offer in producer.offers.values():
-                if producer.rank == self.rank and world.connected:
+                if producer is not self and producer.rank == self.rank and world.connected:
                     unnamed = set() if offer.withdrawn else offer.unnamed
                     for chunk in unnamed | set(offer.handed):
                         if offer.keys.names[chunk] == name:
@@ -351,7 +351,8 @@ class Agent:
                 assert len(content) == size
                 ctypes.memmove(address, content, size)
                 load.copied += size
-        load.tokens += left
+        block_tokens, (start, end) = self.layout.groups[0][0], spans[0]
+        load.tokens += left - block_tokens * load.blocks[0][start:end].count(NO_BLOCK)
         self.unpin(claim, chunk)
 
     def unpin(self, claim, chunk):

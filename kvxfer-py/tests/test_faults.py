@@ -7,6 +7,7 @@ from rig import BLOCK, CHUNK, Engine, Rank, assert_clean, prompt
 
 import kvxfer.vllm.consumer
 import kvxfer.vllm.worker
+from kvxfer import KvxferError
 
 POLICIES = ["recompute", "fail"]
 
@@ -98,6 +99,44 @@ def test_a_silent_agent_is_closed_before_its_blocks_are_given_back(
     assert consumer.reports == ["a"]
     assert consumer.finish_reasons == {"a": "length"}
     assert consumer.free_blocks == consumer.baseline
+
+
+def test_an_agent_that_cannot_be_ended_keeps_the_blocks(world, model, clock, monkeypatch):
+    consumer = Engine(model, "kv_consumer")
+    producer = prefilled(model, prompt(100))
+    producer.run()
+    world.silent_loads = True
+    consumer.add("a", prompt(100))
+    consumer.step()
+
+    def stuck():
+        raise KvxferError("the thread did not end")
+
+    agent, close = consumer.ranks[0].agent, consumer.ranks[0].agent.close
+    monkeypatch.setattr(agent, "close", stuck)
+    clock.now += 30 + kvxfer.vllm.worker.GRACE
+    for _ in range(3):
+        consumer.step()
+    assert not consumer.reports
+    assert consumer.baseline - consumer.free_blocks == 7
+    consumer.ranks[0].connector.shutdown()
+    monkeypatch.setattr(agent, "close", close)
+    clock.now += kvxfer.vllm.worker.GRACE
+    consumer.run()
+    assert consumer.reports == ["a"]
+    assert consumer.free_blocks == consumer.baseline
+
+
+def test_a_producer_whose_agent_is_gone_computes_on(world, model, monkeypatch):
+    producer = prefilled(model, prompt(100))
+
+    def closed(*args):
+        raise KvxferError("the agent is closed")
+
+    monkeypatch.setattr(producer.ranks[0].agent, "begin_step", closed)
+    producer.step()
+    assert producer.finish_reasons == {"p": "length"}
+    assert not any(entry[0] == "end" for entry in world.log)
 
 
 # ---- nothing to load, or not in time

@@ -65,7 +65,7 @@ class Loaded:
         """Bytes copied into the engine's blocks."""
     @property
     def tokens(self) -> int:
-        """Tokens of the chunks copied."""
+        """Tokens in the blocks that were copied into."""
     @property
     def seconds(self) -> float:
         """From `Agent.load` to the end."""
@@ -104,7 +104,8 @@ class Agent:
         """The Unix address at which observers of this engine connect."""
     def register(self, layers: Sequence[tuple[int, int, int]]) -> None:
         """The engine's KV memory, one entry per flat layer: the address of block 0, the number
-        of blocks, and the bytes between the starts of two blocks."""
+        of blocks, and the bytes between the starts of two blocks. It has to stay until `close`
+        has returned."""
     def begin_step(self, ranges: Sequence[tuple[int, int, Sequence[bytes]]]) -> None:
         """What this step completes: (offer, first chunk, for each group the little-endian u32
         ids of all blocks of these chunks, 0xFFFFFFFF where there is none).
@@ -127,7 +128,8 @@ class Agent:
         """The loads that ended since the last call. Nothing is written to their blocks any more."""
     def stats(self) -> dict[str, int | float | str]: ...
     def close(self) -> None:
-        """Ends the thread. When it returns, no engine memory is read or written any more."""
+        """Ends the thread. When it returns, no engine memory is read or written any more; when it
+        raises, some may be."""
 
 class Observer:
     """What an engine's scheduler half sees and says, over all ranks of its engine; one thread."""
@@ -151,7 +153,8 @@ class Observer:
         """(offer, chunks) that no rank reads any more, each once, whatever became of them. A rank
         whose agent is gone reads nothing."""
     def wait(self, seconds: float) -> bool:
-        """Blocks until anything above changed since the last wait; False when time was up."""
+        """Blocks until a claim's status changed or a chunk was pushed, since the last wait;
+        False when time was up."""
     def close(self) -> None: ...
 
 class KvxferError(Exception): ...

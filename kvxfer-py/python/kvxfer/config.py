@@ -248,7 +248,7 @@ class Config:
         _text, "0", "Part of the keys: KV computed with other weights is never matched."
     )
     require_path: str | None = _key(
-        _choice("local", "shm", "tcp"),
+        _choice("local", "shm"),
         None,
         "Refuse a peer rather than reach it by another path.",
         shown="the best there is",

@@ -2,6 +2,9 @@
 
 vLLM calls it in every process it starts, possibly more than once, and forks later: so it is
 idempotent, imports the connector only when it is asked for, and starts nothing.
+
+`VLLM_PLUGINS` can hide it. Then `"kv_connector_module_path": "kvxfer.vllm"` beside
+`"kv_connector"` does the same.
 """
 
 NAME = "KvxferConnector"

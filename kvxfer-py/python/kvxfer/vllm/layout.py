@@ -64,10 +64,12 @@ class Geometry:
 
     def default_buffer(self, max_model_len: int) -> int:
         """Room for two of the longest prompts, so that one can arrive while one is loaded; but
-        not more than a quarter of the machine's memory, and never less than four chunks."""
-        wanted = 2 * math.ceil(max_model_len / self.chunk_tokens) * self.chunk_bytes
+        not more than a quarter of the machine's memory. Eight chunks at a time, because the
+        agent cuts the pool into eight segments."""
+        step = 8 * self.chunk_bytes
+        wanted = math.ceil(2 * math.ceil(max_model_len / self.chunk_tokens) / 8)
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        return max(4 * self.chunk_bytes, min(wanted, memory // 4))
+        return max(1, min(wanted, memory // 4 // step)) * step
 
 
 def layer_names(kv: "KVCacheConfig") -> list[str]:

@@ -151,5 +151,9 @@ class SchedulerHalf:
 
     def close(self) -> None:
         """Ends the observer's thread. May be called again."""
-        if self._observer is not None:
+        if self._observer is None:
+            return
+        try:
             self._observer.close()
+        except KvxferError as error:
+            logger.error("The kvxfer observer does not end: %s", error)

@@ -6,7 +6,7 @@ scheduler's block pool, so they are not given to anybody else.
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorTransferResults
@@ -40,6 +40,7 @@ class WorkerHalf:
     ) -> None:
         self._kv_cache_config = kv_cache_config
         self._timeout = config.load_timeout
+        self._caches: dict[str, torch.Tensor] = {}
         self._layers = {name: n for n, name in enumerate(layer_names(kv_cache_config))}
         # With two micro-batches a layer's hook runs when half of its KV is written.
         self._hooks = not vllm_config.parallel_config.use_ubatching
@@ -53,8 +54,8 @@ class WorkerHalf:
         self._geometry = describe(config, vllm_config, kv_cache_config)
         parallel = vllm_config.parallel_config
         rank = parallel.rank
-        # Engines of one host that are data-parallel to each other must not share a port.
-        port_offset = rank + parallel.data_parallel_rank * parallel.world_size
+        # Data-parallel engines have the same configuration and must not share a port.
+        port_offset = rank + parallel.data_parallel_index * parallel.world_size
         buffer_size = 0
         if config.consumes:
             buffer_size = config.buffer_size or self._geometry.default_buffer(
@@ -91,6 +92,8 @@ class WorkerHalf:
     def register(self, caches: "Mapping[str, torch.Tensor]") -> None:
         """The KV caches are allocated."""
         self._agent.register(memory_of(self._kv_cache_config, caches))
+        # The agent has bare addresses: the memory must not go before it.
+        self._caches = dict(caches)
 
     def handshake(self) -> Handshake:
         """For the scheduler half."""
@@ -100,9 +103,7 @@ class WorkerHalf:
         """A step starts, before its forward."""
         self._loads = step.loads
         self._layerwise = step.layerwise and self._hooks
-        self._step_open = bool(step.ranges)
-        if self._step_open:
-            self._agent.begin_step(step.ranges)
+        self._step_open = bool(step.ranges) and self._tell(self._agent.begin_step, step.ranges)
 
     def layer_done(self, name: str) -> None:
         """A layer's hook: its KV is written for everything in the step."""
@@ -110,7 +111,7 @@ class WorkerHalf:
             layer = self._layers.get(name)
             # None: the layer shares the KV of another one.
             if layer is not None:
-                self._agent.layer_ready(layer)
+                self._tell(self._agent.layer_ready, layer)
 
     def end(self) -> None:
         """The forward is over: what the hooks did not name is ready as well."""
@@ -119,7 +120,17 @@ class WorkerHalf:
         self._step_open = False
         # vLLM's runner calls this in a `finally`. KV of a forward that raised is not KV.
         if sys.exc_info()[0] is None:
-            self._agent.end_step()
+            self._tell(self._agent.end_step)
+
+    def _tell(self, call: Callable[..., None], *args: object) -> bool:
+        """Whether the agent took it. One that does not is gone or stuck: it reads nothing more,
+        the observer finds its link dead and gives up the pins, and the engine goes on."""
+        try:
+            call(*args)
+        except KvxferError as error:
+            logger.error("The kvxfer agent does not take this step's KV: %s", error)
+            return False
+        return True
 
     def start_loads(self) -> None:
         """Submits this step's loads."""
@@ -153,7 +164,7 @@ class WorkerHalf:
             logger.info(
                 "Retrieved %d out of %d out of total %d tokens for request %s, "
                 "path %s, %d bytes, %.1f ms",
-                load.tokens,
+                done.tokens,
                 load.tokens,
                 load.prompt_tokens,
                 load.request,
@@ -174,7 +185,12 @@ class WorkerHalf:
             return
         # Reporting frees the blocks, and the agent may still write to them: it has to end first.
         logger.error("The kvxfer agent did not end its loads in time and is closed")
-        self._agent.close()
+        try:
+            self._agent.close()
+        except KvxferError as error:
+            logger.error("The kvxfer agent does not end, so its blocks are kept: %s", error)
+            self._open = {n: (load, now + GRACE) for n, (load, _) in self._open.items()}
+            return
         for load, _ in self._open.values():
             self._fail(load, "the agent did not answer")
         self._open.clear()
@@ -191,4 +207,7 @@ class WorkerHalf:
 
     def close(self) -> None:
         """Ends the agent. May be called again."""
-        self._agent.close()
+        try:
+            self._agent.close()
+        except KvxferError as error:
+            logger.error("The kvxfer agent does not end: %s", error)
