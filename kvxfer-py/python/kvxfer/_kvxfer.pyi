@@ -5,25 +5,55 @@ idempotent `close()`. Errors are subclasses of `KvxferError`.
 """
 
 from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import final
+
+from typing_extensions import Self
+
+__all__ = [
+    "Agent",
+    "Closed",
+    "ConfigError",
+    "Corrupt",
+    "IoError",
+    "Keys",
+    "Keyspace",
+    "KvxferError",
+    "Layout",
+    "LayoutMismatch",
+    "Loaded",
+    "NoPath",
+    "NotFound",
+    "Observer",
+    "OutOfBounds",
+    "PeerLost",
+    "PoolFull",
+    "ProtocolError",
+    "Timeout",
+    "VersionMismatch",
+    "__version__",
+    "build_info",
+]
 
 __version__: str
 
 def build_info() -> dict[str, object]:
     """Version, build profile, and which transports and drivers this build and machine have."""
 
+@final
 class Layout:
     """The geometry of one rank's KV: what two sides must agree on. Frozen."""
 
-    def __init__(
-        self,
+    def __new__(
+        cls,
         *,
         model: str,
         dtype: str,
         chunk_tokens: int,
         groups: Sequence[tuple[int, Sequence[int]]],
-        shard: tuple[int, int] = (0, 1),
+        shard: tuple[int, int] = ...,
         tags: Mapping[str, str] = ...,
-    ) -> None:
+    ) -> Self:
         """`groups`: for each KV-cache group, the tokens in a block and the bytes of a block in
         each of its layers, in execution order. "Flat layer" numbers count them through."""
     @property
@@ -36,6 +66,7 @@ class Layout:
     def chunk_tokens(self) -> int:
         """Tokens in a chunk."""
 
+@final
 class Keys:
     """The content names of a prompt's chunks, in order; `len()` counts chunks."""
 
@@ -44,14 +75,16 @@ class Keys:
     def tokens(self) -> int:
         """Tokens in all chunks together. Only the last chunk may be short."""
 
+@final
 class Keyspace:
     """Turns tokens into keys."""
 
-    def __init__(self, layout: Layout, realm: bytes = b"") -> None: ...
+    def __new__(cls, layout: Layout, realm: bytes | None = None) -> Self: ...
     def chain(self, tokens: bytes, extras: Sequence[bytes] | None = None) -> Keys:
         """`tokens`: little-endian u32s. `extras`: for each chunk whatever else determines its KV
         (adapter, images, salt)."""
 
+@final
 class Loaded:
     """How a load ended. Frozen."""
 
@@ -73,11 +106,12 @@ class Loaded:
     def path(self) -> str:
         """How the bytes came to this host's pool: "shm", "tcp", …"""
 
+@final
 class Agent:
     """One engine rank's memory, peers and transfers; one progress thread inside."""
 
-    def __init__(
-        self,
+    def __new__(
+        cls,
         *,
         role: str,
         layout: Layout,
@@ -96,12 +130,15 @@ class Agent:
         lease: float,
         allow_insecure: bool,
         require_path: str | None,
-    ) -> None:
+    ) -> Self:
         """`role`: "producer", "consumer" or "both". `listen` and `peers`: "host:port" or
         "unix:/path". `gc_policy`: "drop" (after retrieve) or "keep". Times are seconds."""
     @property
     def address(self) -> str:
         """The Unix address at which observers of this engine connect."""
+    @property
+    def addresses(self) -> list[str]:
+        """Everywhere it listens."""
     def register(self, layers: Sequence[tuple[int, int, int]]) -> None:
         """The engine's KV memory, one entry per flat layer: the address of block 0, the number
         of blocks, and the bytes between the starts of two blocks. It has to stay until `close`
@@ -130,11 +167,19 @@ class Agent:
     def close(self) -> None:
         """Ends the thread. When it returns, no engine memory is read or written any more; when it
         raises, some may be."""
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        _kind: type[BaseException] | None,
+        _value: BaseException | None,
+        _traceback: TracebackType | None,
+    ) -> None: ...
 
+@final
 class Observer:
     """What an engine's scheduler half sees and says, over all ranks of its engine; one thread."""
 
-    def __init__(self, addresses: Sequence[str], name: str) -> None:
+    def __new__(cls, addresses: Sequence[str], name: str) -> Self:
         """`addresses`: `Agent.address` of every rank."""
     def offer(self, request: str, keys: Keys) -> int:
         """Announces chunks that this engine is going to compute."""

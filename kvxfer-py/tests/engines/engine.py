@@ -32,7 +32,7 @@ class Engine:
         )
         self.engine = self.llm.llm_engine
         # Typed as the client's interface; in one process it is the core itself.
-        self.core: Any = self.engine.engine_core.engine_core  # type: ignore[attr-defined]
+        self.core: Any = self.engine.engine_core.engine_core
         self.scheduler: Any = self.core.scheduler
         self.steps = 0
         self.outputs: dict[str, dict[str, Any]] = {}
@@ -109,7 +109,8 @@ class Engine:
 
     def reset_prefix_cache(self) -> bool:
         """Forgets the local prefix cache; False when blocks are still held."""
-        return self.llm.reset_prefix_cache()
+        done: bool = self.llm.reset_prefix_cache()
+        return done
 
     # State
 
@@ -134,7 +135,7 @@ class Engine:
     def _prompt_tokens(self) -> dict[str, int]:
         """vLLM's own counters of where prompt tokens came from."""
         return {
-            metric.labels["source"]: int(metric.value)  # type: ignore[attr-defined]
+            metric.labels["source"]: int(metric.value)
             for metric in self.llm.get_metrics()
             if metric.name == "vllm:prompt_tokens_by_source"
         }
