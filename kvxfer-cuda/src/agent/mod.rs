@@ -6,9 +6,12 @@
 //!
 //! Locks: one mutex around the loads that ended, held for a push or a swap; no other is taken under it.
 
+mod actions;
+mod links;
 mod loads;
 mod progress;
 mod push;
+mod register;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

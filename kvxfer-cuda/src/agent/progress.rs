@@ -6,78 +6,57 @@
 //! parks until a message, a command or a deadline.
 
 use std::collections::HashMap;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Receiver;
-use kvxfer_core::layout::KvLayout;
-use kvxfer_core::plan::LayerMemory;
 use kvxfer_core::pool::Geometry;
-use kvxfer_core::session::{
-    Consumer, ConsumerAction, ConsumerConfig, LoadRequest, Producer, ProducerAction, ProducerConfig,
-};
-use kvxfer_core::wire::{self, Hello, Message, Purpose};
-use kvxfer_core::{BlockId, Error, ErrorKind, Incarnation, LinkId, Result, SegmentId, Time, key};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use kvxfer_core::session::{Consumer, ConsumerConfig, LoadRequest, Producer, ProducerConfig};
+use kvxfer_core::wire::{self, Hello, Purpose};
+use kvxfer_core::{BlockId, ErrorKind, Incarnation, LinkId, Result, Time, key};
 
-use super::loads::{Job, Loads};
-use super::push::{Pushes, Waiting};
+use super::links::{Link, wrong_role};
+use super::loads::Loads;
+use super::push::Pushes;
+use super::register::regions;
 use super::{AgentStats, Command, KvLayer, Shared, closed};
 use crate::config::{AgentConfig, Role};
 use crate::control::{Address, Control, ControlConfig, Event, Limits, Waker};
 use crate::identity;
-use crate::memory::{HostPool, Regions};
-use crate::transport::local::{Local, LocalExports};
-use crate::transport::shm;
+use crate::memory::HostPool;
+use crate::transport::local::LocalExports;
 
 /// Bytes moved between two looks at the sockets: about a millisecond's.
 const BUDGET: u64 = 4 << 20;
 /// How often the death of a process that we lost the link to is looked for.
 const ORPHAN_POLL: Duration = Duration::from_millis(10);
 
-/// Who is at the other end of a link.
-struct Link {
-    peer: Incarnation,
-    name: String,
-    kind: Kind,
-    pidfd: Option<OwnedFd>,
-}
-
-enum Kind {
-    /// We push to it.
-    Consumer,
-    /// It pushes to us, on this path.
-    Producer(&'static str),
-    /// Our engine's scheduler half.
-    Observer,
-}
-
 /// What a consumer has beside its state machine.
-struct Consuming {
-    session: Consumer,
-    pool: HostPool,
+pub(super) struct Consuming {
+    pub(super) session: Consumer,
+    pub(super) pool: HostPool,
 }
 
 pub(super) struct Progress {
-    config: AgentConfig,
-    shared: Arc<Shared>,
-    commands: Receiver<Command>,
-    incarnation: Incarnation,
-    origin: Instant,
-    control: Control,
+    pub(super) config: AgentConfig,
+    pub(super) shared: Arc<Shared>,
+    pub(super) commands: Receiver<Command>,
+    pub(super) incarnation: Incarnation,
+    pub(super) origin: Instant,
+    pub(super) control: Control,
     /// Tells agents of this process that we are one of them.
-    local: LocalExports,
-    events: Vec<Event>,
-    links: HashMap<LinkId, Link>,
+    pub(super) local: LocalExports,
+    pub(super) events: Vec<Event>,
+    pub(super) links: HashMap<LinkId, Link>,
     /// Writers whose link is gone and whose process may live.
-    orphans: Vec<(Incarnation, OwnedFd)>,
-    consuming: Option<Consuming>,
-    producer: Option<Producer>,
+    pub(super) orphans: Vec<(Incarnation, OwnedFd)>,
+    pub(super) consuming: Option<Consuming>,
+    pub(super) producer: Option<Producer>,
     /// Both from [`Command::Register`] on.
-    pushes: Option<Pushes>,
-    loads: Option<Loads>,
-    closing: bool,
+    pub(super) pushes: Option<Pushes>,
+    pub(super) loads: Option<Loads>,
+    pub(super) closing: bool,
 }
 
 impl Progress {
@@ -204,164 +183,6 @@ impl Progress {
             .map(|at| at.saturating_sub(now))
     }
 
-    // ---- what came ------------------------------------------------------------------------------
-
-    fn event(&mut self, now: Time, event: Event) {
-        match event {
-            Event::Up {
-                link, dialled, purpose, peer, pidfd, can_pass_fds, why_not_unix, ..
-            } => {
-                let up = Up { link, dialled, purpose, peer, pidfd, can_pass_fds, why_not_unix };
-                if let Err(error) = self.up(now, up) {
-                    self.refuse(link, &error);
-                }
-            }
-            Event::Message { link, message, fds } => {
-                if let Err(error) = self.message(now, link, message, fds) {
-                    self.close_link(now, link, &error);
-                }
-            }
-            Event::Down { link, error } => self.down(now, link, &error),
-            Event::DialFailed { peer, error, retry_in } => {
-                let address = &self.config.peers[peer];
-                tracing::warn!(%address, %error, ?retry_in, "cannot reach a consumer");
-            }
-        }
-    }
-
-    fn up(&mut self, now: Time, up: Up) -> Result<()> {
-        let Up { link, dialled, purpose, peer, pidfd, can_pass_fds, why_not_unix } = up;
-        let Hello { incarnation, name, .. } = peer;
-        let kind = match (purpose, dialled) {
-            (Purpose::Push, Some(index)) => {
-                let producer = self.producer.as_mut().ok_or_else(|| wrong_role("push"))?;
-                producer.consumer_connected(index, link, incarnation);
-                tracing::info!(peer = %incarnation, name, "connected to a consumer");
-                Kind::Consumer
-            }
-            (Purpose::Push, None) => {
-                let consuming = self.consuming.as_mut().ok_or_else(|| wrong_role("take a push"))?;
-                let path = choose_path(
-                    self.config.require_path.as_deref(),
-                    incarnation,
-                    can_pass_fds,
-                    why_not_unix,
-                )?;
-                consuming.session.producer_connected(now, link, incarnation);
-                tracing::info!(peer = %incarnation, name, path, "a producer connected");
-                Kind::Producer(path)
-            }
-            (Purpose::Observe, None) => {
-                if let Some(consuming) = &mut self.consuming {
-                    consuming.session.observer_connected(now, link, incarnation);
-                }
-                Kind::Observer
-            }
-            (Purpose::Observe, Some(_)) | (Purpose::Locate, _) => {
-                return Err(ErrorKind::Protocol.error("a link of that purpose is not for an agent"));
-            }
-        };
-        self.links.insert(link, Link { peer: incarnation, name, kind, pidfd });
-        Ok(())
-    }
-
-    fn message(
-        &mut self,
-        now: Time,
-        id: LinkId,
-        message: Message,
-        fds: Vec<OwnedFd>,
-    ) -> Result<()> {
-        let Some(link) = self.links.get(&id) else { return Ok(()) };
-        match (&link.kind, message) {
-            (
-                Kind::Consumer,
-                Message::Segment { segment, bytes, transport, blob, generation: _ },
-            ) => {
-                if let Some(path) = &self.config.require_path
-                    && *path != transport
-                {
-                    return Err(ErrorKind::NoPath.error(format!(
-                        "{} offers path {transport}, {path} is required",
-                        link.name
-                    )));
-                }
-                let peer = link.peer;
-                let pushes = self.pushes.as_mut().ok_or_else(closed)?;
-                pushes.attach(peer, segment, &transport, blob, bytes, fds)
-            }
-            (Kind::Consumer, message) => match &mut self.producer {
-                Some(producer) => producer.received_from_consumer(now, id, message),
-                None => Ok(()),
-            },
-            (Kind::Producer(_), message) => match &mut self.consuming {
-                Some(consuming) => consuming.session.received(now, id, message),
-                None => Ok(()),
-            },
-            (Kind::Observer, message) => self.received_from_observer(now, id, message),
-        }
-    }
-
-    fn received_from_observer(&mut self, now: Time, link: LinkId, message: Message) -> Result<()> {
-        let offers = matches!(message, Message::Offer { .. } | Message::Withdraw { .. });
-        match (&mut self.producer, &mut self.consuming) {
-            (Some(producer), _) if offers => producer.received_from_observer(now, link, message),
-            (_, Some(consuming)) if !offers => consuming.session.received(now, link, message),
-            _ => Err(wrong_role(if offers { "offer" } else { "be claimed from" })),
-        }
-    }
-
-    fn down(&mut self, now: Time, id: LinkId, error: &Error) {
-        let Some(link) = self.links.remove(&id) else { return };
-        tracing::info!(peer = %link.peer, name = link.name, %error, "a link ended");
-        if let Some(producer) = &mut self.producer {
-            producer.disconnected(now, id);
-        }
-        if let Some(consuming) = &mut self.consuming {
-            consuming.session.disconnected(now, id);
-        }
-        match link.kind {
-            Kind::Consumer => {
-                if let Some(pushes) = &mut self.pushes {
-                    pushes.detach(link.peer, None);
-                }
-            }
-            Kind::Producer(_) => self.orphans.extend(link.pidfd.map(|fd| (link.peer, fd))),
-            Kind::Observer => {}
-        }
-    }
-
-    /// Closes a link that never became one of ours.
-    fn refuse(&mut self, link: LinkId, error: &Error) {
-        tracing::warn!(%error, "a link was refused");
-        self.control.close(link, &wire::bounds::reason(error.to_string()));
-    }
-
-    fn close_link(&mut self, now: Time, link: LinkId, error: &Error) {
-        let name = self.links.get(&link).map_or("", |link| link.name.as_str());
-        tracing::warn!(name, %error, "closing a link");
-        self.control.close(link, &wire::bounds::reason(error.to_string()));
-        self.down(now, link, error);
-    }
-
-    /// A process that ended writes no more.
-    fn find_dead(&mut self, now: Time) {
-        let Some(consuming) = &mut self.consuming else { return };
-        let connected = |peer: Incarnation| self.links.values().any(|link| link.peer == peer);
-        self.orphans.retain(|(peer, pidfd)| {
-            if connected(*peer) || !consuming.session.is_writer(*peer) {
-                return false;
-            }
-            let dead = has_ended(pidfd);
-            if dead {
-                consuming.session.writer_dead(now, *peer);
-            }
-            !dead
-        });
-    }
-
-    // ---- what the engine asks -------------------------------------------------------------------
-
     fn command(&mut self, now: Time, command: Command) {
         match command {
             Command::Register(layers, reply) => {
@@ -440,8 +261,6 @@ impl Progress {
         stats
     }
 
-    // ---- bytes ----------------------------------------------------------------------------------
-
     fn move_bytes(&mut self) {
         if let (Some(pushes), Some(producer)) = (&mut self.pushes, &mut self.producer) {
             pushes.progress(BUDGET, producer);
@@ -453,152 +272,19 @@ impl Progress {
         }
     }
 
-    // ---- what the state machines want ------------------------------------------------------------
-
-    fn perform(&mut self, now: Time) {
-        while let Some(action) = self.producer.as_mut().and_then(Producer::poll_action) {
-            match action {
-                ProducerAction::Send { link, message } => self.send(now, link, &message),
-                ProducerAction::Post { post, peer, grant, key, layer, extents, blocks, .. } => {
-                    if let Some(pushes) = &mut self.pushes {
-                        pushes.enqueue(Waiting { post, peer, grant, key, layer, extents, blocks });
-                    }
-                }
-                ProducerAction::Detach { link, peer, segment, generation } => {
-                    if let Some(pushes) = &mut self.pushes {
-                        pushes.detach(peer, Some(segment));
-                    }
-                    self.send(now, link, &Message::Retired { segment, generation });
-                }
-            }
-        }
-        while let Some(action) = self.consuming.as_mut().and_then(|c| c.session.poll_action()) {
-            self.perform_consumer(now, action);
-        }
-    }
-
-    fn perform_consumer(&mut self, now: Time, action: ConsumerAction) {
-        match action {
-            ConsumerAction::Send { link, message } => self.send(now, link, &message),
-            ConsumerAction::Export { link, segment, generation } => {
-                if let Err(error) = self.export(link, segment, generation) {
-                    self.close_link(now, link, &error);
-                }
-            }
-            ConsumerAction::Copy { load, chunk, key, grant, tokens, extents, sums } => {
-                #[cfg(feature = "faults")]
-                self.flip(&extents);
-                if let Some(loads) = &mut self.loads {
-                    loads.enqueue(Job { load, chunk, key, grant, tokens, extents, sums });
-                }
-            }
-            ConsumerAction::Loaded { load, result } => self.loaded(load, result),
-            ConsumerAction::Replace { segment, live } => self.replace(now, segment, &live),
-            ConsumerAction::Close { link, error } => self.close_link(now, link, &error),
-        }
-    }
-
-    fn send(&mut self, now: Time, link: LinkId, message: &Message) {
-        #[cfg(feature = "faults")]
-        if self.config.fault == Some(crate::config::Fault::HoldCommit)
-            && matches!(message, Message::Commit { .. })
-        {
-            return;
-        }
-        if let Err(error) = self.control.send(link, message, &[]) {
-            self.close_link(now, link, &error);
-        }
-    }
-
-    fn export(&mut self, link: LinkId, segment: SegmentId, generation: u32) -> Result<()> {
-        let Some(consuming) = &self.consuming else { return Ok(()) };
-        let Some(Kind::Producer(path)) = self.links.get(&link).map(|link| &link.kind) else {
-            return Ok(());
-        };
-        let handle = match *path {
-            "local" => self.local.export(&consuming.pool, segment)?,
-            _ => shm::export(&consuming.pool, segment)?,
-        };
-        let message = Message::Segment {
-            segment,
-            generation,
-            bytes: handle.bytes,
-            transport: (*path).into(),
-            blob: handle.blob,
-        };
-        let fds: Vec<_> = handle.fds.iter().map(AsFd::as_fd).collect();
-        self.control.send(link, &message, &fds)
-    }
-
-    fn replace(&mut self, now: Time, segment: SegmentId, live: &[kvxfer_core::pool::Extent]) {
-        let Some(consuming) = &mut self.consuming else { return };
-        let page = self.config.layout.page_bytes();
-        let live: Vec<(u64, u64)> = live
-            .iter()
-            .map(|extent| (u64::from(extent.page) * page, u64::from(extent.pages) * page))
-            .collect();
-        match consuming.pool.replace(segment, &live) {
-            Ok(_) => consuming.session.replaced(now, segment),
-            // The pages stay quarantined: less room, nothing wrong.
-            Err(error) => tracing::error!(%error, %segment, "cannot replace a segment's memory"),
-        }
-    }
-
-    fn loaded(&mut self, load: kvxfer_core::LoadId, result: Result<()>) {
-        let mut paths: Vec<&str> = self
-            .links
-            .values()
-            .filter_map(|link| match link.kind {
-                Kind::Producer(path) => Some(path),
-                _ => None,
-            })
-            .collect();
-        paths.sort_unstable();
-        paths.dedup();
-        let path = paths.join(",");
-        let loaded = match &mut self.loads {
-            Some(loads) => loads.end(load, result, &path),
-            None => super::Loaded { load, result, bytes: 0, tokens: 0, seconds: 0.0, path },
-        };
-        self.shared.loaded.lock().push(loaded);
-    }
-
     /// Nothing is left that could touch memory or keep a caller waiting.
     fn shut(&mut self) {
+        // Reading ends before links do: who sees a link end may reuse what was read.
+        self.pushes = None;
         let links: Vec<LinkId> = self.links.keys().copied().collect();
         let now = self.now();
         for link in links {
             self.close_link(now, link, &ErrorKind::Closed.error("the agent was closed"));
         }
-        self.pushes = None;
         if let Some(loads) = &mut self.loads {
             self.shared.loaded.lock().extend(loads.fail_all(&closed()));
         }
     }
-
-    #[cfg(feature = "faults")]
-    fn flip(&mut self, extents: &[kvxfer_core::pool::Extent]) {
-        let Some(consuming) = &self.consuming else { return };
-        if self.config.fault != Some(crate::config::Fault::FlipAfterCommit) {
-            return;
-        }
-        let Some(extent) = extents.first() else { return };
-        let offset = u64::from(extent.page) * self.config.layout.page_bytes();
-        if let Ok(byte) = consuming.pool.segment(extent.segment).and_then(|map| map.at(offset, 1)) {
-            // SAFETY: `at` checked the range. That the byte is another one then is the purpose.
-            unsafe { *byte ^= 1 };
-        }
-    }
-}
-
-struct Up {
-    link: LinkId,
-    dialled: Option<usize>,
-    purpose: Purpose,
-    peer: Hello,
-    pidfd: Option<OwnedFd>,
-    can_pass_fds: bool,
-    why_not_unix: Option<String>,
 }
 
 fn consuming(config: &AgentConfig) -> Result<Consuming> {
@@ -618,65 +304,4 @@ fn consuming(config: &AgentConfig) -> Result<Consuming> {
         lost_ttl: config.gc.unclaimed_ttl,
     })?;
     Ok(Consuming { session, pool })
-}
-
-/// The path on which a producer's bytes come. `local` beats `shm`; there is no third yet.
-fn choose_path(
-    required: Option<&str>,
-    peer: Incarnation,
-    can_pass_fds: bool,
-    why_not_unix: Option<String>,
-) -> Result<&'static str> {
-    let path = match (Local::reaches(peer), can_pass_fds) {
-        (true, _) => "local",
-        (false, true) => "shm",
-        (false, false) => {
-            let why = why_not_unix.unwrap_or_else(|| "the link is not a Unix socket".into());
-            return Err(ErrorKind::NoPath.error(format!("no path to this producer: {why}")));
-        }
-    };
-    match required {
-        Some(required) if required != path => Err(ErrorKind::NoPath
-            .error(format!("the best path is {path}, and {required} is required"))
-            .fix("unset require_path, or start the two where that path exists")),
-        _ => Ok(path),
-    }
-}
-
-/// Registers each layer's memory as a region of its own.
-fn regions(layout: &KvLayout, layers: &[KvLayer]) -> Result<(Regions, Vec<LayerMemory>)> {
-    if layers.len() != layout.layers() as usize {
-        return Err(ErrorKind::Config.error(format!(
-            "{} layers were registered, the layout has {}",
-            layers.len(),
-            layout.layers()
-        )));
-    }
-    let mut regions = Regions::new();
-    let mut memory = Vec::with_capacity(layers.len());
-    for (flat, layer) in (0..).zip(layers) {
-        let bytes = layout.layer(flat).and_then(|(group, at)| layout.block_bytes(group, at));
-        if layer.stride < u64::from(bytes.unwrap_or(u32::MAX)) {
-            return Err(ErrorKind::Config.error(format!(
-                "layer {flat}: {} bytes between blocks of {bytes:?} bytes",
-                layer.stride
-            )));
-        }
-        let size = layer.stride.checked_mul(layer.blocks.into()).ok_or_else(|| {
-            ErrorKind::Config.error(format!("layer {flat}: more memory than there is"))
-        })?;
-        // SAFETY: the promise of whoever called `Agent::register`.
-        let region = unsafe { regions.register(layer.address as *mut u8, size) }?;
-        memory.push(LayerMemory { region, base: 0, stride: layer.stride, blocks: layer.blocks });
-    }
-    Ok((regions, memory))
-}
-
-fn has_ended(pidfd: &OwnedFd) -> bool {
-    let mut fds = [PollFd::new(pidfd, PollFlags::IN)];
-    poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
-}
-
-fn wrong_role(what: &str) -> Error {
-    ErrorKind::Config.error(format!("this agent's role does not let it {what}"))
 }

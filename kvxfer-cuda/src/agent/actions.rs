@@ -1,0 +1,144 @@
+//! What the state machines want done.
+
+use std::os::fd::AsFd;
+
+use kvxfer_core::pool::Extent;
+use kvxfer_core::session::{ConsumerAction, Producer, ProducerAction};
+use kvxfer_core::wire::Message;
+use kvxfer_core::{LinkId, LoadId, Result, SegmentId, Time};
+
+use super::Loaded;
+use super::links::Kind;
+use super::loads::Job;
+use super::progress::Progress;
+use super::push::Waiting;
+use crate::transport::shm;
+
+impl Progress {
+    pub(super) fn perform(&mut self, now: Time) {
+        while let Some(action) = self.producer.as_mut().and_then(Producer::poll_action) {
+            match action {
+                ProducerAction::Send { link, message } => self.send(now, link, &message),
+                ProducerAction::Post { post, peer, grant, key, layer, extents, blocks, .. } => {
+                    if let Some(pushes) = &mut self.pushes {
+                        pushes.enqueue(Waiting { post, peer, grant, key, layer, extents, blocks });
+                    }
+                }
+                ProducerAction::Detach { link, peer, segment, generation } => {
+                    if let Some(pushes) = &mut self.pushes {
+                        pushes.detach(peer, Some(segment));
+                    }
+                    self.send(now, link, &Message::Retired { segment, generation });
+                }
+            }
+        }
+        while let Some(action) = self.consuming.as_mut().and_then(|c| c.session.poll_action()) {
+            self.perform_consumer(now, action);
+        }
+    }
+
+    pub(super) fn perform_consumer(&mut self, now: Time, action: ConsumerAction) {
+        match action {
+            ConsumerAction::Send { link, message } => self.send(now, link, &message),
+            ConsumerAction::Export { link, segment, generation } => {
+                if let Err(error) = self.export(link, segment, generation) {
+                    self.close_link(now, link, &error);
+                }
+            }
+            ConsumerAction::Copy { load, chunk, key, grant, tokens, extents, sums } => {
+                #[cfg(feature = "faults")]
+                self.flip(&extents);
+                if let Some(loads) = &mut self.loads {
+                    loads.enqueue(Job { load, chunk, key, grant, tokens, extents, sums });
+                }
+            }
+            ConsumerAction::Loaded { load, result } => self.loaded(load, result),
+            ConsumerAction::Replace { segment, live } => self.replace(now, segment, &live),
+            ConsumerAction::Close { link, error } => self.close_link(now, link, &error),
+        }
+    }
+
+    pub(super) fn send(&mut self, now: Time, link: LinkId, message: &Message) {
+        #[cfg(feature = "faults")]
+        if self.config.fault == Some(crate::config::Fault::HoldCommit)
+            && matches!(message, Message::Commit { .. })
+        {
+            return;
+        }
+        if let Err(error) = self.control.send(link, message, &[]) {
+            self.close_link(now, link, &error);
+        }
+    }
+
+    pub(super) fn export(
+        &mut self,
+        link: LinkId,
+        segment: SegmentId,
+        generation: u32,
+    ) -> Result<()> {
+        let Some(consuming) = &self.consuming else { return Ok(()) };
+        let Some(Kind::Producer(path)) = self.links.get(&link).map(|link| &link.kind) else {
+            return Ok(());
+        };
+        let handle = match *path {
+            "local" => self.local.export(&consuming.pool, segment)?,
+            _ => shm::export(&consuming.pool, segment)?,
+        };
+        let message = Message::Segment {
+            segment,
+            generation,
+            bytes: handle.bytes,
+            transport: (*path).into(),
+            blob: handle.blob,
+        };
+        let fds: Vec<_> = handle.fds.iter().map(AsFd::as_fd).collect();
+        self.control.send(link, &message, &fds)
+    }
+
+    pub(super) fn replace(&mut self, now: Time, segment: SegmentId, live: &[Extent]) {
+        let Some(consuming) = &mut self.consuming else { return };
+        let page = self.config.layout.page_bytes();
+        let live: Vec<(u64, u64)> = live
+            .iter()
+            .map(|extent| (u64::from(extent.page) * page, u64::from(extent.pages) * page))
+            .collect();
+        match consuming.pool.replace(segment, &live) {
+            Ok(_) => consuming.session.replaced(now, segment),
+            // The pages stay quarantined: less room, nothing wrong.
+            Err(error) => tracing::error!(%error, %segment, "cannot replace a segment's memory"),
+        }
+    }
+
+    pub(super) fn loaded(&mut self, load: LoadId, result: Result<()>) {
+        let mut paths: Vec<&str> = self
+            .links
+            .values()
+            .filter_map(|link| match link.kind {
+                Kind::Producer(path) => Some(path),
+                _ => None,
+            })
+            .collect();
+        paths.sort_unstable();
+        paths.dedup();
+        let path = paths.join(",");
+        let loaded = match &mut self.loads {
+            Some(loads) => loads.end(load, result, &path),
+            None => Loaded { load, result, bytes: 0, tokens: 0, seconds: 0.0, path },
+        };
+        self.shared.loaded.lock().push(loaded);
+    }
+
+    #[cfg(feature = "faults")]
+    pub(super) fn flip(&mut self, extents: &[Extent]) {
+        let Some(consuming) = &self.consuming else { return };
+        if self.config.fault != Some(crate::config::Fault::FlipAfterCommit) {
+            return;
+        }
+        let Some(extent) = extents.first() else { return };
+        let offset = u64::from(extent.page) * self.config.layout.page_bytes();
+        if let Ok(byte) = consuming.pool.segment(extent.segment).and_then(|map| map.at(offset, 1)) {
+            // SAFETY: `at` checked the range. That the byte is another one then is the purpose.
+            unsafe { *byte ^= 1 };
+        }
+    }
+}

@@ -1,0 +1,232 @@
+//! Links coming, speaking and going.
+
+use std::os::fd::OwnedFd;
+
+use kvxfer_core::wire::{self, Hello, Message, Purpose};
+use kvxfer_core::{Error, ErrorKind, Incarnation, LinkId, Result, Time};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+use super::closed;
+use super::progress::Progress;
+use crate::control::Event;
+use crate::transport::local::Local;
+
+/// Who is at the other end of a link.
+pub(super) struct Link {
+    pub(super) peer: Incarnation,
+    pub(super) name: String,
+    pub(super) kind: Kind,
+    pidfd: Option<OwnedFd>,
+}
+
+pub(super) enum Kind {
+    /// We push to it.
+    Consumer,
+    /// It pushes to us, on this path.
+    Producer(&'static str),
+    /// Our engine's scheduler half.
+    Observer,
+}
+
+pub(super) struct Up {
+    link: LinkId,
+    dialled: Option<usize>,
+    purpose: Purpose,
+    peer: Hello,
+    pidfd: Option<OwnedFd>,
+    can_pass_fds: bool,
+    why_not_unix: Option<String>,
+}
+
+impl Progress {
+    pub(super) fn event(&mut self, now: Time, event: Event) {
+        match event {
+            Event::Up {
+                link, dialled, purpose, peer, pidfd, can_pass_fds, why_not_unix, ..
+            } => {
+                let up = Up { link, dialled, purpose, peer, pidfd, can_pass_fds, why_not_unix };
+                if let Err(error) = self.up(now, up) {
+                    self.refuse(link, &error);
+                }
+            }
+            Event::Message { link, message, fds } => {
+                if let Err(error) = self.message(now, link, message, fds) {
+                    self.close_link(now, link, &error);
+                }
+            }
+            Event::Down { link, error } => self.down(now, link, &error),
+            Event::DialFailed { peer, error, retry_in } => {
+                let address = &self.config.peers[peer];
+                tracing::warn!(%address, %error, ?retry_in, "cannot reach a consumer");
+            }
+        }
+    }
+
+    pub(super) fn up(&mut self, now: Time, up: Up) -> Result<()> {
+        let Up { link, dialled, purpose, peer, pidfd, can_pass_fds, why_not_unix } = up;
+        let Hello { incarnation, name, .. } = peer;
+        let kind = match (purpose, dialled) {
+            (Purpose::Push, Some(index)) => {
+                let producer = self.producer.as_mut().ok_or_else(|| wrong_role("push"))?;
+                producer.consumer_connected(index, link, incarnation);
+                tracing::info!(peer = %incarnation, name, "connected to a consumer");
+                Kind::Consumer
+            }
+            (Purpose::Push, None) => {
+                let consuming = self.consuming.as_mut().ok_or_else(|| wrong_role("take a push"))?;
+                let path = choose_path(
+                    self.config.require_path.as_deref(),
+                    incarnation,
+                    can_pass_fds,
+                    why_not_unix,
+                )?;
+                consuming.session.producer_connected(now, link, incarnation);
+                tracing::info!(peer = %incarnation, name, path, "a producer connected");
+                Kind::Producer(path)
+            }
+            (Purpose::Observe, None) => {
+                if let Some(consuming) = &mut self.consuming {
+                    consuming.session.observer_connected(now, link, incarnation);
+                }
+                Kind::Observer
+            }
+            (Purpose::Observe, Some(_)) | (Purpose::Locate, _) => {
+                return Err(ErrorKind::Protocol.error("a link of that purpose is not for an agent"));
+            }
+        };
+        self.links.insert(link, Link { peer: incarnation, name, kind, pidfd });
+        Ok(())
+    }
+
+    pub(super) fn message(
+        &mut self,
+        now: Time,
+        id: LinkId,
+        message: Message,
+        fds: Vec<OwnedFd>,
+    ) -> Result<()> {
+        let Some(link) = self.links.get(&id) else { return Ok(()) };
+        match (&link.kind, message) {
+            (
+                Kind::Consumer,
+                Message::Segment { segment, bytes, transport, blob, generation: _ },
+            ) => {
+                if let Some(path) = &self.config.require_path
+                    && *path != transport
+                {
+                    return Err(ErrorKind::NoPath.error(format!(
+                        "{} offers path {transport}, {path} is required",
+                        link.name
+                    )));
+                }
+                let peer = link.peer;
+                let pushes = self.pushes.as_mut().ok_or_else(closed)?;
+                pushes.attach(peer, segment, &transport, blob, bytes, fds)
+            }
+            (Kind::Consumer, message) => match &mut self.producer {
+                Some(producer) => producer.received_from_consumer(now, id, message),
+                None => Ok(()),
+            },
+            (Kind::Producer(_), message) => match &mut self.consuming {
+                Some(consuming) => consuming.session.received(now, id, message),
+                None => Ok(()),
+            },
+            (Kind::Observer, message) => self.received_from_observer(now, id, message),
+        }
+    }
+
+    pub(super) fn received_from_observer(
+        &mut self,
+        now: Time,
+        link: LinkId,
+        message: Message,
+    ) -> Result<()> {
+        let offers = matches!(message, Message::Offer { .. } | Message::Withdraw { .. });
+        match (&mut self.producer, &mut self.consuming) {
+            (Some(producer), _) if offers => producer.received_from_observer(now, link, message),
+            (_, Some(consuming)) if !offers => consuming.session.received(now, link, message),
+            _ => Err(wrong_role(if offers { "offer" } else { "be claimed from" })),
+        }
+    }
+
+    pub(super) fn down(&mut self, now: Time, id: LinkId, error: &Error) {
+        let Some(link) = self.links.remove(&id) else { return };
+        tracing::info!(peer = %link.peer, name = link.name, %error, "a link ended");
+        if let Some(producer) = &mut self.producer {
+            producer.disconnected(now, id);
+        }
+        if let Some(consuming) = &mut self.consuming {
+            consuming.session.disconnected(now, id);
+        }
+        match link.kind {
+            Kind::Consumer => {
+                if let Some(pushes) = &mut self.pushes {
+                    pushes.detach(link.peer, None);
+                }
+            }
+            Kind::Producer(_) => self.orphans.extend(link.pidfd.map(|fd| (link.peer, fd))),
+            Kind::Observer => {}
+        }
+    }
+
+    /// Closes a link that never became one of ours.
+    pub(super) fn refuse(&mut self, link: LinkId, error: &Error) {
+        tracing::warn!(%error, "a link was refused");
+        self.control.close(link, &wire::bounds::reason(error.to_string()));
+    }
+
+    pub(super) fn close_link(&mut self, now: Time, link: LinkId, error: &Error) {
+        let name = self.links.get(&link).map_or("", |link| link.name.as_str());
+        tracing::warn!(name, %error, "closing a link");
+        self.control.close(link, &wire::bounds::reason(error.to_string()));
+        self.down(now, link, error);
+    }
+
+    /// A process that ended writes no more.
+    pub(super) fn find_dead(&mut self, now: Time) {
+        let Some(consuming) = &mut self.consuming else { return };
+        let connected = |peer: Incarnation| self.links.values().any(|link| link.peer == peer);
+        self.orphans.retain(|(peer, pidfd)| {
+            if connected(*peer) || !consuming.session.is_writer(*peer) {
+                return false;
+            }
+            let dead = has_ended(pidfd);
+            if dead {
+                consuming.session.writer_dead(now, *peer);
+            }
+            !dead
+        });
+    }
+}
+
+/// The path on which a producer's bytes come. `local` beats `shm`; there is no third yet.
+pub(super) fn choose_path(
+    required: Option<&str>,
+    peer: Incarnation,
+    can_pass_fds: bool,
+    why_not_unix: Option<String>,
+) -> Result<&'static str> {
+    let path = match (Local::reaches(peer), can_pass_fds) {
+        (true, _) => "local",
+        (false, true) => "shm",
+        (false, false) => {
+            let why = why_not_unix.unwrap_or_else(|| "the link is not a Unix socket".into());
+            return Err(ErrorKind::NoPath.error(format!("no path to this producer: {why}")));
+        }
+    };
+    match required {
+        Some(required) if required != path => Err(ErrorKind::NoPath
+            .error(format!("the best path is {path}, and {required} is required"))
+            .fix("unset require_path, or start the two where that path exists")),
+        _ => Ok(path),
+    }
+}
+
+pub(super) fn has_ended(pidfd: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(pidfd, PollFlags::IN)];
+    poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
+}
+
+pub(super) fn wrong_role(what: &str) -> Error {
+    ErrorKind::Config.error(format!("this agent's role does not let it {what}"))
+}
