@@ -130,7 +130,8 @@ impl Control {
 
     fn up(&mut self, id: LinkId, version: u16, peer: Hello, why_not_unix: Option<String>) {
         let link = self.links.get_mut(&id).expect("the caller looked");
-        link.stage = Stage::Up { version, peer: peer.incarnation };
+        let leased = peer.purpose != Purpose::Observe || link.unix.is_none();
+        link.stage = Stage::Up { version, peer: peer.incarnation, leased };
         link.said = self.now;
         let pid = link.unix.as_ref().and_then(|unix| unix.pid);
         let pidfd = link.unix.as_mut().and_then(|unix| unix.pidfd.take());

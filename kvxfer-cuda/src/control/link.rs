@@ -59,6 +59,9 @@ pub(super) enum Stage {
         version: u16,
         /// Who the peer is; each of its frames says so.
         peer: Incarnation,
+        /// Whether silence ends the link. Not between the halves of one engine: they are on one host, where
+        /// the kernel ends a dead process's links, and a stopped one may go on reading what it was told of.
+        leased: bool,
     },
 }
 

@@ -55,6 +55,7 @@ impl Control {
     fn due(&self, link: &Link) -> Time {
         let limits = &self.config.limits;
         match link.stage {
+            Stage::Up { leased: false, .. } => Time::MAX,
             Stage::Up { .. } => {
                 let heard = if link.fresh { self.now } else { link.heard };
                 (heard + limits.silence).min(link.said + limits.silence / 3)
@@ -66,7 +67,7 @@ impl Control {
     fn run_link(&mut self, id: LinkId) {
         let limits = self.config.limits;
         let overdue = |link: &Link, now: Time| match link.stage {
-            Stage::Up { .. } => !link.fresh && link.heard + limits.silence <= now,
+            Stage::Up { leased, .. } => leased && !link.fresh && link.heard + limits.silence <= now,
             _ => link.born.is_some_and(|born| born + limits.hello_timeout <= now),
         };
         // We may have been paused, and the poll that just ended takes no more than a batch: whatever
@@ -91,7 +92,7 @@ impl Control {
             let error = link.named(&error);
             return self.end(id, error);
         }
-        if let Stage::Up { version, .. } = link.stage
+        if let Stage::Up { version, leased: true, .. } = link.stage
             && link.said + limits.silence / 3 <= self.now
         {
             // Whatever already waits will do.

@@ -136,7 +136,16 @@ pub(crate) fn until<T>(
 
 /// Both ends of one link. `a` has dialled.
 pub(crate) fn linked(a: &mut Node, b: &mut Node, now: Time) -> (LinkId, LinkId) {
-    a.control.dial(0, Purpose::Push);
+    linked_for(Purpose::Push, a, b, now)
+}
+
+pub(crate) fn linked_for(
+    purpose: Purpose,
+    a: &mut Node,
+    b: &mut Node,
+    now: Time,
+) -> (LinkId, LinkId) {
+    a.control.dial(0, purpose);
     let at_a = until(&mut [a, b], now, |nodes| nodes[0].up());
     let at_b = until(&mut [a, b], now, |nodes| nodes[1].up());
     (at_a, at_b)

@@ -1,6 +1,7 @@
 use std::time::Duration;
 
 use kvxfer_core::ErrorKind;
+use kvxfer_core::wire::Purpose;
 
 use crate::harness::*;
 
@@ -45,6 +46,21 @@ fn a_silent_peer_is_lost_after_the_lease() {
     let error = a.down().unwrap();
     assert_eq!(error.kind(), ErrorKind::PeerLost);
     assert!(error.to_string().contains("silent for 10s"), "{error}");
+}
+
+/// One that is stopped may go on reading what it was told of once it runs again, so it is not gone.
+#[test]
+fn silence_does_not_part_the_halves_of_an_engine() {
+    let folder = Folder::new();
+    let mut b = Node::new(config(2, &folder.sockets()));
+    let mut a = Node::new(dialling(1, &folder.sockets(), &b.control.addresses()[0]));
+    linked_for(Purpose::Observe, &mut a, &mut b, SECOND);
+    for second in [11, 100, 10_000] {
+        for node in [&mut a, &mut b] {
+            node.control.poll(second * SECOND, Some(Duration::ZERO), &mut node.events).unwrap();
+            assert!(node.down().is_none(), "after {second} s");
+        }
+    }
 }
 
 #[test]
