@@ -1,6 +1,7 @@
 //! Agents and observers, engines being models of ours: whole requests over real sockets and memory.
 
 mod engine;
+mod processes;
 
 use engine::{BLOCK_TOKENS, CHUNK_TOKENS, Engine, config};
 use kvxfer_core::wire::message::Next;

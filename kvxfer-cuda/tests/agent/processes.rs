@@ -1,0 +1,175 @@
+//! The prefill engine in a process of its own, which can be killed, stopped and started again.
+//!
+//! The child is this test binary, told by its environment to be a prefill engine. It computes one prompt a
+//! line of its standard input and answers each with a line.
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
+use std::process::{Child, ChildStdin, Command, Stdio};
+use std::time::Duration;
+
+use crossbeam_channel::{Receiver, unbounded};
+use kvxfer_core::ErrorKind;
+use kvxfer_core::wire::message::Next;
+use kvxfer_cuda::{Address, Role};
+
+use crate::engine::{self, Engine, PATIENCE, config};
+use crate::{blocks, prompt, tempdir::TempDir};
+
+const BE_PREFILL: &str = "KVXFER_TEST_BE_PREFILL";
+
+struct Prefill {
+    child: Child,
+    stdin: ChildStdin,
+    lines: Receiver<String>,
+}
+
+impl Prefill {
+    fn start(dir: &Path, consumer: &Address, fault: &str) -> Self {
+        let mut child = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", "processes::child_prefill", "--nocapture", "--test-threads", "1"])
+            .env(BE_PREFILL, format!("{}\n{consumer}\n{fault}", dir.display()))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let (send, lines) = unbounded();
+        let stdout = BufReader::new(child.stdout.take().unwrap());
+        std::thread::spawn(move || {
+            // libtest's own words come before our mark, or in lines without it.
+            let ours = |line: String| Some(line.split_once("prefill: ")?.1.to_owned());
+            for line in stdout.lines().map_while(Result::ok).filter_map(ours) {
+                let _ = send.send(line);
+            }
+        });
+        let stdin = child.stdin.take().unwrap();
+        let mut prefill = Self { child, stdin, lines };
+        prefill.expect("ready");
+        prefill
+    }
+
+    fn expect(&mut self, what: &str) {
+        assert_eq!(self.lines.recv_timeout(PATIENCE).as_deref(), Ok(what));
+    }
+
+    /// `computed` once the KV is there and the agent was told; `pushed` once no block is read any more.
+    fn compute(&mut self, seed: u32, tokens: u32) {
+        writeln!(self.stdin, "{seed} {tokens}").unwrap();
+        self.expect("computed");
+    }
+
+    fn signal(&self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, signal).unwrap();
+    }
+}
+
+impl Drop for Prefill {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Not a test: what the child process does.
+#[test]
+fn child_prefill() {
+    let Ok(told) = std::env::var(BE_PREFILL) else { return };
+    let [dir, consumer, fault] = told.split('\n').collect::<Vec<_>>()[..] else { panic!("{told}") };
+    let mut config = config(Role::Producer, Path::new(dir));
+    config.peers = vec![consumer.parse().unwrap()];
+    config.hold = PATIENCE;
+    #[cfg(feature = "faults")]
+    {
+        config.fault = (fault == "hold-commit").then_some(kvxfer_cuda::Fault::HoldCommit);
+    }
+    let _ = fault;
+    let mut engine = Engine::start(config);
+    println!("prefill: ready");
+    for line in std::io::stdin().lines().map_while(Result::ok) {
+        let numbers: Vec<u32> = line.split(' ').map(|word| word.parse().unwrap()).collect();
+        let prompt = prompt(numbers[0], numbers[1]);
+        let offer = engine.prefill(&prompt, &blocks(&prompt, 7));
+        println!("prefill: computed");
+        if fault.is_empty() {
+            engine.until_pushed(offer, prompt.len().div_ceil(engine::CHUNK_TOKENS as usize));
+            println!("prefill: pushed");
+        }
+    }
+}
+
+fn decode(dir: &TempDir) -> Engine {
+    let mut config = config(Role::Consumer, dir.path());
+    config.silence = Duration::from_secs(2);
+    config.fence_timeout = Duration::from_secs(1);
+    Engine::start(config)
+}
+
+fn until_empty(decode: &Engine) {
+    decode.until(|engine| {
+        let stats = engine.agent.stats().unwrap();
+        (stats.pool.free == stats.pool.pages && stats.pages_leaked == 0).then_some(())
+    });
+}
+
+#[test]
+fn another_process_is_reached_by_shared_memory() {
+    let dir = TempDir::new();
+    let mut decode = decode(&dir);
+    let mut prefill = Prefill::start(dir.path(), &decode.tcp(), "");
+    for (seed, tokens) in [(1, 1), (2, 640), (3, 1500)] {
+        let prompt = prompt(seed, tokens);
+        let to = blocks(&prompt, 11);
+        prefill.compute(seed, tokens);
+        let claim = decode.claim(&prompt);
+        decode.until_claimed(claim, Next::Done);
+        let loaded = decode.load(claim, &prompt, &to);
+        assert_eq!((loaded.result, loaded.path.as_str()), (Ok(()), "shm"));
+        assert!(decode.holds(&prompt, &to));
+        prefill.expect("pushed");
+    }
+    until_empty(&decode);
+}
+
+#[cfg(feature = "faults")]
+#[test]
+fn a_killed_producer_is_fenced_by_its_death_and_a_new_one_serves() {
+    let dir = TempDir::new();
+    let mut decode = decode(&dir);
+    let mut prefill = Prefill::start(dir.path(), &decode.tcp(), "hold-commit");
+    let text = prompt(5, 1000);
+    prefill.compute(5, 1000);
+    let claim = decode.claim(&text);
+    decode.until_claimed(claim, Next::Writing);
+    prefill.signal(rustix::process::Signal::KILL);
+    decode.until_claimed(claim, Next::Lost);
+    let loaded = decode.load(claim, &text, &blocks(&text, 11));
+    assert_eq!(loaded.result.unwrap_err().kind(), ErrorKind::PeerLost);
+    until_empty(&decode);
+    assert_eq!(decode.agent.stats().unwrap().consumer.replaced_segments, 0);
+
+    let mut again = Prefill::start(dir.path(), &decode.tcp(), "");
+    again.compute(5, 1000);
+    let claim = decode.claim(&text);
+    decode.until_claimed(claim, Next::Done);
+    assert_eq!(decode.load(claim, &text, &blocks(&text, 11)).result, Ok(()));
+    assert!(decode.holds(&text, &blocks(&text, 11)));
+}
+
+#[cfg(feature = "faults")]
+#[test]
+fn a_stopped_producer_is_fenced_by_fresh_memory() {
+    let dir = TempDir::new();
+    let decode = decode(&dir);
+    let mut prefill = Prefill::start(dir.path(), &decode.tcp(), "hold-commit");
+    let text = prompt(5, 1000);
+    prefill.compute(5, 1000);
+    let claim = decode.claim(&text);
+    decode.until_claimed(claim, Next::Writing);
+    prefill.signal(rustix::process::Signal::STOP);
+    // Silence ends the link, and frees nothing: the process lives.
+    decode.until_claimed(claim, Next::Lost);
+    until_empty(&decode);
+    assert!(decode.agent.stats().unwrap().consumer.replaced_segments > 0);
+    prefill.signal(rustix::process::Signal::CONT);
+}
