@@ -9,7 +9,6 @@ use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::Duration;
 
 use crossbeam_channel::{Receiver, unbounded};
-use kvxfer_core::ErrorKind;
 use kvxfer_core::wire::message::Next;
 use kvxfer_cuda::{Address, Role};
 
@@ -58,6 +57,7 @@ impl Prefill {
         self.expect("computed");
     }
 
+    #[cfg(feature = "faults")]
     fn signal(&self, signal: rustix::process::Signal) {
         let pid = rustix::process::Pid::from_child(&self.child);
         rustix::process::kill_process(pid, signal).unwrap();
@@ -144,7 +144,7 @@ fn a_killed_producer_is_fenced_by_its_death_and_a_new_one_serves() {
     prefill.signal(rustix::process::Signal::KILL);
     decode.until_claimed(claim, Next::Lost);
     let loaded = decode.load(claim, &text, &blocks(&text, 11));
-    assert_eq!(loaded.result.unwrap_err().kind(), ErrorKind::PeerLost);
+    assert_eq!(loaded.result.unwrap_err().kind(), kvxfer_core::ErrorKind::PeerLost);
     until_empty(&decode);
     assert_eq!(decode.agent.stats().unwrap().consumer.replaced_segments, 0);
 
