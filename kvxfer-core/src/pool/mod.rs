@@ -261,6 +261,16 @@ impl Pool {
         ids.find(|id| others(id) && self.runs.is_idle(id.0))
     }
 
+    /// What a page is doing, and the grant it is stamped with; if it is free, the last one.
+    ///
+    /// # Panics
+    /// If the pool has no such page.
+    pub fn page(&self, segment: SegmentId, page: u32) -> (PageState, GrantId) {
+        assert!(page < self.per_segment, "a segment has {} pages", self.per_segment);
+        let page = self.pages[(segment.0 * self.per_segment + page) as usize];
+        (page.state, page.stamp)
+    }
+
     /// How many pages there are.
     pub fn pages(&self) -> u32 {
         self.pages.len() as u32

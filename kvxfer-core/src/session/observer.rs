@@ -209,6 +209,11 @@ impl Observer {
         }
     }
 
+    /// Whether no offer or claim is under way.
+    pub fn is_idle(&self) -> bool {
+        self.claims.is_empty() && self.offers.is_empty() && self.pushed.is_empty()
+    }
+
     /// The next thing to do.
     pub fn poll_action(&mut self) -> Option<ObserverAction> {
         self.actions.pop_front()

@@ -4,7 +4,7 @@
 //! a range of a claim's chunks as they are pinned, and lets go of each once its copy is verified, so a prompt larger
 //! than the pool flows through it.
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::{Consumer, ConsumerAction, LinkKind, Phase, Timer};
@@ -75,7 +75,7 @@ enum Asked {
 #[derive(Debug)]
 pub(super) struct Ask {
     claim: ClaimId,
-    waiting: HashSet<LinkId>,
+    waiting: BTreeSet<LinkId>,
 }
 
 #[derive(Debug)]
@@ -467,7 +467,7 @@ impl Consumer {
 
     /// Asks every producer whether it has offered all it has.
     fn ask(&mut self, now: Time, claim: ClaimId) {
-        let waiting: HashSet<LinkId> = self
+        let waiting: BTreeSet<LinkId> = self
             .links
             .iter()
             .filter(|(_, link)| matches!(link.kind, LinkKind::Producer { attached: true, .. }))

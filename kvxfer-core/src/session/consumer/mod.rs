@@ -18,7 +18,7 @@ mod claims;
 mod offers;
 mod reclaim;
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -212,12 +212,12 @@ enum LinkKind {
     Producer {
         /// Set by a compatible [`Message::Attach`]; nothing else is heard before.
         attached: bool,
-        exported: HashSet<SegmentId>,
+        exported: BTreeSet<SegmentId>,
         outstanding_pages: u32,
-        offers: HashSet<OfferId>,
+        offers: BTreeSet<OfferId>,
     },
     Observer {
-        claims: HashSet<ClaimId>,
+        claims: BTreeSet<ClaimId>,
     },
 }
 
@@ -230,6 +230,8 @@ struct SegmentState {
 }
 
 /// The consumer's state machine.
+///
+/// What is walked through is ordered, so that equal events give equal actions.
 #[derive(Debug)]
 pub struct Consumer {
     config: ConsumerConfig,
@@ -238,15 +240,15 @@ pub struct Consumer {
     segments: Vec<SegmentState>,
     entries: HashMap<ChunkKey, Entry>,
     lost: VecDeque<(Time, ChunkKey)>,
-    grants: HashMap<GrantId, Grant>,
-    links: HashMap<LinkId, Link>,
+    grants: BTreeMap<GrantId, Grant>,
+    links: BTreeMap<LinkId, Link>,
     /// Writers that can write no more: their processes ended.
     dead: HashSet<Incarnation>,
     offers: HashMap<(LinkId, OfferId), Offer>,
     queue: VecDeque<(LinkId, OfferId)>,
     claims: HashMap<ClaimId, Claim>,
     loads: HashMap<LoadId, Load>,
-    asks: HashMap<u64, claims::Ask>,
+    asks: BTreeMap<u64, claims::Ask>,
     next_number: u64,
     timers: Timers<Timer>,
     actions: VecDeque<ConsumerAction>,
@@ -270,14 +272,14 @@ impl Consumer {
             segments,
             entries: HashMap::new(),
             lost: VecDeque::new(),
-            grants: HashMap::new(),
-            links: HashMap::new(),
+            grants: BTreeMap::new(),
+            links: BTreeMap::new(),
             dead: HashSet::new(),
             offers: HashMap::new(),
             queue: VecDeque::new(),
             claims: HashMap::new(),
             loads: HashMap::new(),
-            asks: HashMap::new(),
+            asks: BTreeMap::new(),
             next_number: 1,
             timers: Timers::new(),
             actions: VecDeque::new(),
@@ -290,9 +292,9 @@ impl Consumer {
     pub fn producer_connected(&mut self, now: Time, link: LinkId, peer: Incarnation) {
         let kind = LinkKind::Producer {
             attached: false,
-            exported: HashSet::new(),
+            exported: BTreeSet::new(),
             outstanding_pages: 0,
-            offers: HashSet::new(),
+            offers: BTreeSet::new(),
         };
         // Cut off once, and back: what it holds from now on is exported to it anew.
         self.dead.remove(&peer);
@@ -302,7 +304,8 @@ impl Consumer {
 
     /// The engine's scheduler half is connected.
     pub fn observer_connected(&mut self, now: Time, link: LinkId, peer: Incarnation) {
-        self.links.insert(link, Link { peer, kind: LinkKind::Observer { claims: HashSet::new() } });
+        self.links
+            .insert(link, Link { peer, kind: LinkKind::Observer { claims: BTreeSet::new() } });
         self.settle(now);
     }
 
@@ -440,6 +443,43 @@ impl Consumer {
     pub fn pages_leaked(&self) -> u32 {
         let held: u32 = self.grants.values().map(|grant| grant.pages).sum();
         (self.pool.pages() - self.pool.count(PageState::Free)).saturating_sub(held)
+    }
+
+    /// What a page is doing, and whose it is or, if free, was last.
+    ///
+    /// # Panics
+    /// If the pool has no such page.
+    pub fn page(&self, segment: SegmentId, page: u32) -> (PageState, GrantId) {
+        self.pool.page(segment, page)
+    }
+
+    /// Whether nothing is under way: no offer, claim or load, and what is in the pool is committed.
+    pub fn is_idle(&self) -> bool {
+        self.offers.is_empty()
+            && self.queue.is_empty()
+            && self.claims.is_empty()
+            && self.loads.is_empty()
+            && self.asks.is_empty()
+            && self.grants.values().all(|grant| matches!(grant.phase, Phase::Resident { .. }))
+            && self.grants.len() == self.entries.len()
+    }
+
+    /// What is under way, for people.
+    pub fn left(&self) -> String {
+        let pool = self.pool.stats();
+        format!(
+            "{} offers ({} queued), {} claims, {} loads, {} asks, {} grants, {} entries; pages: {} granted, {} committed, {} quarantined",
+            self.offers.len(),
+            self.queue.len(),
+            self.claims.len(),
+            self.loads.len(),
+            self.asks.len(),
+            self.grants.len(),
+            self.entries.len(),
+            pool.granted,
+            pool.committed,
+            pool.quarantined,
+        )
     }
 
     /// What every public call ends with: hand out the room there is, make room, tell the claims.

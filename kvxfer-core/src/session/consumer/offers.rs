@@ -4,7 +4,7 @@
 //! fit as a whole is served window by window. A blocked offer keeps its place; others may overtake it a bounded
 //! number of times, and only if they fit entirely.
 
-use std::collections::HashSet;
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::reclaim::Then;
@@ -534,7 +534,7 @@ impl Consumer {
         now: Time,
         link: LinkId,
         peer: Incarnation,
-        offers: HashSet<OfferId>,
+        offers: BTreeSet<OfferId>,
     ) {
         let writing: Vec<GrantId> = self
             .grants

@@ -168,8 +168,8 @@ enum Ending {
 pub struct Producer {
     config: ProducerConfig,
     consumers: Vec<Consumer>,
-    offers: HashMap<OfferId, Offer>,
-    grants: HashMap<(usize, GrantId), (OfferId, u32)>,
+    offers: BTreeMap<OfferId, Offer>,
+    grants: BTreeMap<(usize, GrantId), (OfferId, u32)>,
     posts: HashMap<PostId, (usize, GrantId, u32)>,
     step: Step,
     next_post: u64,
@@ -190,8 +190,8 @@ impl Producer {
             consumers: (0..config.consumers).map(|_| Consumer::default()).collect(),
             step: Step::new(config.layout.layers() as usize),
             config,
-            offers: HashMap::new(),
-            grants: HashMap::new(),
+            offers: BTreeMap::new(),
+            grants: BTreeMap::new(),
             posts: HashMap::new(),
             next_post: 0,
             timers: Timers::new(),
@@ -659,6 +659,11 @@ impl Producer {
     /// Counters.
     pub fn stats(&self) -> ProducerStats {
         self.stats
+    }
+
+    /// Whether nothing is under way.
+    pub fn is_idle(&self) -> bool {
+        self.offers.is_empty() && self.grants.is_empty() && self.posts.is_empty()
     }
 
     /// Offers that are not over.
