@@ -2,7 +2,7 @@
 //!
 //! Invariant: what [`Observer::status`] says holds on all ranks, so the ready chunks are pinned everywhere.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::Duration;
 
 use super::protocol;
@@ -28,8 +28,8 @@ pub enum ObserverAction {
 pub struct Observer {
     ranks: Vec<Option<LinkId>>,
     claims: HashMap<ClaimId, Vec<Option<ClaimStatus>>>,
-    /// Per chunk of an offer, the ranks that may still read it.
-    offers: HashMap<OfferId, Vec<u32>>,
+    /// For each rank that was told of the offer, which chunks it may still read.
+    offers: BTreeMap<OfferId, Vec<Option<Vec<bool>>>>,
     pushed: Vec<(OfferId, Vec<u32>)>,
     next_number: u64,
     actions: VecDeque<ObserverAction>,
@@ -43,7 +43,7 @@ impl Observer {
         Self {
             ranks: vec![None; ranks],
             claims: HashMap::new(),
-            offers: HashMap::new(),
+            offers: BTreeMap::new(),
             pushed: Vec::new(),
             next_number: u64::from_le_bytes([0, 0, a, b, c, d, e, f]),
             actions: VecDeque::new(),
@@ -61,6 +61,10 @@ impl Observer {
         self.ranks[rank] = None;
         for status in self.claims.values_mut() {
             status[rank] = Some(ClaimStatus { ready: 0, coming: 0, next: Next::Lost });
+        }
+        let offers: Vec<OfferId> = self.offers.keys().copied().collect();
+        for offer in offers {
+            self.not_read(offer, rank, None);
         }
     }
 
@@ -88,12 +92,15 @@ impl Observer {
     /// Offers a prompt's chunks to every consumer of this engine's agents.
     pub fn offer(&mut self, request: &str, chunks: &[Chunk]) -> OfferId {
         let offer = OfferId(self.number());
-        let readers = self.ranks.iter().flatten().count() as u32;
-        if readers == 0 {
+        if chunks.is_empty() {
+            return offer;
+        }
+        if self.ranks.iter().all(Option::is_none) {
             self.pushed.push((offer, (0..chunks.len() as u32).collect()));
             return offer;
         }
-        self.offers.insert(offer, vec![readers; chunks.len()]);
+        let reads = |rank: &Option<LinkId>| rank.map(|_| vec![true; chunks.len()]);
+        self.offers.insert(offer, self.ranks.iter().map(reads).collect());
         self.send_all(&Message::Offer {
             offer,
             request: bounds::reason(request),
@@ -181,28 +188,12 @@ impl Observer {
                 Ok(true)
             }
             Message::Pushed { offer, chunks } => {
-                let Some(readers) = self.offers.get_mut(&offer) else { return Ok(false) };
-                let mut done = Vec::new();
-                for chunk in chunks {
-                    let Some(left) = readers.get_mut(chunk as usize).filter(|left| **left > 0)
-                    else {
-                        return Err(protocol(format!(
-                            "chunk {chunk} of offer {offer} ended twice"
-                        )));
-                    };
-                    *left -= 1;
-                    if *left == 0 {
-                        done.push(chunk);
-                    }
+                let Some(ranks) = self.offers.get(&offer) else { return Ok(false) };
+                let count = ranks[rank].as_ref().map_or(0, Vec::len);
+                if let Some(chunk) = chunks.iter().find(|&&chunk| chunk as usize >= count) {
+                    return Err(protocol(format!("offer {offer} has no chunk {chunk} there")));
                 }
-                if readers.iter().all(|&left| left == 0) {
-                    self.offers.remove(&offer);
-                }
-                let changed = !done.is_empty();
-                if changed {
-                    self.pushed.push((offer, done));
-                }
-                Ok(changed)
+                Ok(self.not_read(offer, rank, Some(&chunks)))
             }
             Message::Ping | Message::Bye { .. } => Ok(false),
             other => Err(protocol(format!("an agent sent {other:?} to an observer"))),
@@ -212,6 +203,30 @@ impl Observer {
     /// Whether no offer or claim is under way.
     pub fn is_idle(&self) -> bool {
         self.claims.is_empty() && self.offers.is_empty() && self.pushed.is_empty()
+    }
+
+    /// A rank reads these chunks of an offer no more (or none of them). Says whether any was read by nobody else.
+    fn not_read(&mut self, offer: OfferId, rank: usize, chunks: Option<&[u32]>) -> bool {
+        let Some(ranks) = self.offers.get_mut(&offer) else { return false };
+        let Some(mut reads) = ranks[rank].take() else { return false };
+        let all: Vec<u32> = (0..reads.len() as u32).collect();
+        let mut done = Vec::new();
+        for &chunk in chunks.unwrap_or(&all) {
+            let at = chunk as usize;
+            // Said twice counts once.
+            if std::mem::take(&mut reads[at]) && !ranks.iter().flatten().any(|other| other[at]) {
+                done.push(chunk);
+            }
+        }
+        ranks[rank] = Some(reads);
+        if !ranks.iter().flatten().flatten().any(|&reads| reads) {
+            self.offers.remove(&offer);
+        }
+        let changed = !done.is_empty();
+        if changed {
+            self.pushed.push((offer, done));
+        }
+        changed
     }
 
     /// The next thing to do.

@@ -111,6 +111,8 @@ enum Timer {
 #[derive(Debug, Default)]
 struct Consumer {
     link: Option<(LinkId, Incarnation)>,
+    /// The newest grant heard of on this link. Numbers grow, so one that is no newer was repeated.
+    newest: Option<GrantId>,
     renew_every: Option<Duration>,
     renewing: bool,
 }
@@ -142,6 +144,7 @@ enum Push {
 
 #[derive(Debug)]
 struct Writing {
+    peer: Incarnation,
     grant: GrantId,
     extents: Arc<[Extent]>,
     /// Which layers have been posted.
@@ -159,7 +162,7 @@ enum Ending {
     Abort,
     /// The leave was revoked: acknowledge, and wait for a new one.
     Fence,
-    /// The consumer is gone.
+    /// The link is gone, and with it the offer. Should the same consumer be back, it will ask.
     Silence,
 }
 
@@ -169,8 +172,9 @@ pub struct Producer {
     config: ProducerConfig,
     consumers: Vec<Consumer>,
     offers: BTreeMap<OfferId, Offer>,
-    grants: BTreeMap<(usize, GrantId), (OfferId, u32)>,
-    posts: HashMap<PostId, (usize, GrantId, u32)>,
+    /// By who gave it: a consumer that was restarted counts from the start again. Consumer, offer, chunk.
+    grants: BTreeMap<(Incarnation, GrantId), (usize, OfferId, u32)>,
+    posts: HashMap<PostId, (Incarnation, GrantId, u32)>,
     step: Step,
     next_post: u64,
     timers: Timers<Timer>,
@@ -203,8 +207,8 @@ impl Producer {
 
     /// The link to a configured consumer is up.
     pub fn consumer_connected(&mut self, index: usize, link: LinkId, peer: Incarnation) {
-        self.consumers[index] =
-            Consumer { link: Some((link, peer)), renew_every: None, renewing: false };
+        self.consumer_gone(index);
+        self.consumers[index].link = Some((link, peer));
         self.send(link, Message::Attach { layout: self.config.layout.clone() });
         let mut waiting: Vec<OfferId> = self
             .offers
@@ -240,13 +244,7 @@ impl Producer {
     pub fn disconnected(&mut self, now: Time, link: LinkId) {
         let at = |consumer: &Consumer| consumer.link.is_some_and(|(other, _)| other == link);
         if let Some(index) = self.consumers.iter().position(at) {
-            self.consumers[index] = Consumer::default();
-            let offers: Vec<OfferId> = self.offers.keys().copied().collect();
-            for offer in offers {
-                if self.offers[&offer].told[index] {
-                    self.end_pushes(index, offer, Ending::Silence, |_| true);
-                }
-            }
+            self.consumer_gone(index);
         } else {
             let offers: Vec<OfferId> = self
                 .offers
@@ -254,12 +252,24 @@ impl Producer {
                 .filter(|(_, offer)| offer.observer == link)
                 .map(|(&id, _)| id)
                 .collect();
-            self.step.forget_observer();
+            self.step.forget_observer(link);
             for offer in offers {
                 self.withdraw(now, offer);
             }
         }
         self.settle();
+    }
+
+    fn consumer_gone(&mut self, index: usize) {
+        if std::mem::take(&mut self.consumers[index]).link.is_none() {
+            return;
+        }
+        let offers: Vec<OfferId> = self.offers.keys().copied().collect();
+        for offer in offers {
+            if self.offers[&offer].told[index] {
+                self.end_pushes(index, offer, Ending::Silence, |_| true);
+            }
+        }
     }
 
     /// A message from the engine's scheduler half.
@@ -292,12 +302,13 @@ impl Producer {
         request: String,
         chunks: Vec<Chunk>,
     ) -> Result<()> {
-        if self.offers.contains_key(&id) {
-            return Err(protocol(format!("offer {id} was made twice")));
+        if self.offers.contains_key(&id) || self.step.is_repeated(observer, id) || chunks.is_empty()
+        {
+            return Ok(());
         }
         let count = chunks.len();
         let consumers = self.consumers.len();
-        let sources = self.step.claim_early(id, count);
+        let sources = self.step.claim_early(observer, id, count);
         let held = sources.iter().any(Source::is_held);
         let offer = Offer {
             observer,
@@ -312,6 +323,9 @@ impl Producer {
         self.offers.insert(id, offer);
         for index in 0..consumers {
             self.tell(index, id);
+        }
+        if consumers == 0 {
+            self.done.insert(id, (0..count as u32).collect());
         }
         if held {
             self.timers.set(now + self.config.hold, Timer::Hold(id));
@@ -366,7 +380,7 @@ impl Producer {
                 Push::Granted(writing) => {
                     writing.ending = Some(ending);
                     if writing.in_flight == 0 {
-                        drained.push(writing.grant);
+                        drained.push((writing.peer, writing.grant));
                     }
                 }
             }
@@ -375,8 +389,8 @@ impl Producer {
             self.stats.skipped += 1;
             self.finish(index, id, chunk);
         }
-        for grant in drained {
-            self.drained(index, grant);
+        for (peer, grant) in drained {
+            self.drained(peer, grant);
         }
     }
 
@@ -390,14 +404,19 @@ impl Producer {
         link: LinkId,
         message: Message,
     ) -> Result<()> {
-        let at = |consumer: &Consumer| consumer.link.is_some_and(|(other, _)| other == link);
-        let Some(index) = self.consumers.iter().position(at) else { return Ok(()) };
+        let of = |(at, consumer): (usize, &Consumer)| {
+            let (_, peer) = consumer.link.filter(|&(other, _)| other == link)?;
+            Some((at, peer))
+        };
+        let Some((index, peer)) = self.consumers.iter().enumerate().find_map(of) else {
+            return Ok(());
+        };
         match message {
             Message::Granted { offer, deadline_ms, grants } => {
                 let every = Duration::from_millis(u64::from(deadline_ms.max(3)) / 3);
                 self.consumers[index].renew_every = Some(every);
                 for granted in grants {
-                    self.granted(index, offer, granted)?;
+                    self.granted(index, link, peer, offer, granted)?;
                 }
                 self.keep_renewing(now, index);
             }
@@ -420,12 +439,10 @@ impl Producer {
             Message::CommitAck { outcome, .. } => {
                 self.stats.late += u64::from(outcome == CommitOutcome::Expired);
             }
-            Message::Revoke { grant } => self.revoked(index, link, grant),
+            Message::Revoke { grant } => self.revoked(link, peer, grant),
             Message::Retire { segment, generation } => {
-                if let Some((link, peer)) = self.consumers[index].link {
-                    let detach = ProducerAction::Detach { link, peer, segment, generation };
-                    self.actions.push_back(detach);
-                }
+                let detach = ProducerAction::Detach { link, peer, segment, generation };
+                self.actions.push_back(detach);
             }
             Message::Ask { ask } => self.send(link, Message::Told { ask }),
             Message::Busy { .. }
@@ -444,12 +461,20 @@ impl Producer {
         self.offers.get(&offer).is_some_and(push)
     }
 
-    fn granted(&mut self, index: usize, id: OfferId, granted: Granted) -> Result<()> {
-        let Some((link, _)) = self.consumers[index].link else { return Ok(()) };
+    fn granted(
+        &mut self,
+        index: usize,
+        link: LinkId,
+        peer: Incarnation,
+        id: OfferId,
+        granted: Granted,
+    ) -> Result<()> {
         let Granted { chunk, grant, extents } = granted;
-        if self.grants.contains_key(&(index, grant)) {
+        let newest = &mut self.consumers[index].newest;
+        if newest.is_some_and(|newest| grant <= newest) {
             return Ok(());
         }
+        *newest = Some(grant);
         if !self.is_waiting(index, id, chunk) {
             // Withdrawn, or done by other means, while the grant was under way. Nothing was written.
             self.send(link, Message::Abort { grant });
@@ -471,6 +496,7 @@ impl Producer {
         }
         let layers = self.config.layout.layers() as usize;
         offer.pushes[index][chunk as usize] = Push::Granted(Box::new(Writing {
+            peer,
             grant,
             extents: extents.into(),
             posted: vec![false; layers],
@@ -479,25 +505,30 @@ impl Producer {
             sums: vec![0; layers],
             ending: None,
         }));
-        self.grants.insert((index, grant), (id, chunk));
+        self.grants.insert((peer, grant), (index, id, chunk));
         self.post_ready(index, id, chunk);
         Ok(())
     }
 
-    fn revoked(&mut self, index: usize, link: LinkId, grant: GrantId) {
+    fn revoked(&mut self, link: LinkId, peer: Incarnation, grant: GrantId) {
         self.stats.revoked += 1;
-        let Some(writing) = self.writing(index, grant) else {
+        let Some(writing) = self.writing(peer, grant) else {
             // Committed, aborted or never seen: whatever was written has drained.
             return self.send(link, Message::FenceAck { grant });
         };
-        writing.ending.get_or_insert(Ending::Fence);
+        writing.ending = match writing.ending {
+            None => Some(Ending::Fence),
+            // Of an earlier link's, and the same consumer waits for the fence on this one.
+            Some(Ending::Silence) => Some(Ending::Abort),
+            ending => ending,
+        };
         if writing.in_flight == 0 {
-            self.drained(index, grant);
+            self.drained(peer, grant);
         }
     }
 
-    fn writing(&mut self, index: usize, grant: GrantId) -> Option<&mut Writing> {
-        let &(offer, chunk) = self.grants.get(&(index, grant))?;
+    fn writing(&mut self, peer: Incarnation, grant: GrantId) -> Option<&mut Writing> {
+        let &(index, offer, chunk) = self.grants.get(&(peer, grant))?;
         match self.offers.get_mut(&offer)?.pushes[index].get_mut(chunk as usize)? {
             Push::Granted(writing) => Some(writing),
             _ => None,
@@ -506,10 +537,10 @@ impl Producer {
 
     /// A post ended; the result is the checksum of what was stored.
     pub fn posted(&mut self, post: PostId, result: std::result::Result<u64, Error>) {
-        let Some((index, grant, layer)) = self.posts.remove(&post) else { return };
+        let Some((peer, grant, layer)) = self.posts.remove(&post) else { return };
         let failed = result.is_err();
         self.stats.failed_posts += u64::from(failed);
-        let Some(writing) = self.writing(index, grant) else { return };
+        let Some(writing) = self.writing(peer, grant) else { return };
         writing.in_flight -= 1;
         match result {
             Ok(sum) => writing.sums[layer as usize] = sum,
@@ -518,14 +549,14 @@ impl Producer {
             }
         }
         if writing.in_flight == 0 && (writing.left == 0 || writing.ending.is_some()) {
-            self.drained(index, grant);
+            self.drained(peer, grant);
         }
         self.settle();
     }
 
     /// Every post of a grant is terminal, and no more will follow: say how it ends.
-    fn drained(&mut self, index: usize, grant: GrantId) {
-        let Some((id, chunk)) = self.grants.remove(&(index, grant)) else { return };
+    fn drained(&mut self, peer: Incarnation, grant: GrantId) {
+        let Some((index, id, chunk)) = self.grants.remove(&(peer, grant)) else { return };
         let Some(offer) = self.offers.get_mut(&id) else { return };
         let push = &mut offer.pushes[index][chunk as usize];
         let Push::Granted(writing) = std::mem::replace(push, Push::Waiting) else { return };
@@ -535,7 +566,8 @@ impl Producer {
             Some(Ending::Fence) => Message::FenceAck { grant },
             Some(Ending::Abort | Ending::Silence) => Message::Abort { grant },
         };
-        if let Some((link, _)) = self.consumers[index].link
+        if let Some((link, there)) = self.consumers[index].link
+            && there == peer
             && ending != Some(Ending::Silence)
         {
             self.send(link, message);
@@ -599,12 +631,15 @@ impl Producer {
             .iter()
             .map(|source| source.held_since().is_some_and(|since| since + hold <= now))
             .collect();
+        // What is being written may yet be revoked, and then waits past its time: look again.
+        let written = offer.pushes.iter().flatten().any(|push| matches!(push, Push::Granted(_)));
         let next = offer
             .sources
             .iter()
             .filter_map(|source| source.held_since())
             .map(|since| since + hold)
             .filter(|&at| at > now)
+            .chain(written.then(|| now + hold))
             .min();
         if let Some(next) = next {
             self.timers.set(next, Timer::Hold(id));
@@ -621,27 +656,28 @@ impl Producer {
         }
     }
 
+    /// What that consumer granted and is being written.
+    fn granted_by(&self, peer: Incarnation) -> impl Iterator<Item = GrantId> {
+        self.grants
+            .range((peer, GrantId(0))..=(peer, GrantId(u64::MAX)))
+            .map(|(&(_, grant), _)| grant)
+    }
+
     fn renew(&mut self, index: usize) {
-        let Some((link, _)) = self.consumers[index].link else { return };
-        let mut grants: Vec<GrantId> = self
-            .grants
-            .keys()
-            .filter(|(consumer, _)| *consumer == index)
-            .map(|&(_, grant)| grant)
-            .collect();
-        grants.sort_unstable();
+        let Some((link, peer)) = self.consumers[index].link else { return };
+        let grants: Vec<GrantId> = self.granted_by(peer).collect();
         if !grants.is_empty() {
             self.send(link, Message::Renew { grants });
         }
     }
 
     fn keep_renewing(&mut self, now: Time, index: usize) {
-        let consumer = &mut self.consumers[index];
-        if let Some(every) = consumer.renew_every
-            && !consumer.renewing
-            && self.grants.keys().any(|&(other, _)| other == index)
+        let consumer = &self.consumers[index];
+        if let (Some(every), Some((_, peer)), false) =
+            (consumer.renew_every, consumer.link, consumer.renewing)
+            && self.granted_by(peer).next().is_some()
         {
-            consumer.renewing = true;
+            self.consumers[index].renewing = true;
             self.timers.set(now + every, Timer::Renew(index));
         }
     }

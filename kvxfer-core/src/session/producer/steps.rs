@@ -8,7 +8,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::{Offer, Producer, ProducerAction, Push, Timer};
-use crate::{BlockId, OfferId, PostId, Time};
+use crate::{BlockId, LinkId, OfferId, PostId, Time};
 
 /// Chunks that a step of the engine completes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -49,8 +49,8 @@ pub(super) struct Step {
     chunks: Vec<(OfferId, u32)>,
     /// Chunks whose offer has not arrived yet: the engine's two halves speak on different channels.
     early: HashMap<OfferId, Vec<(u32, Source)>>,
-    /// The newest offer made. An older one that is not known is over, not early.
-    newest: Option<OfferId>,
+    /// The newest offer made, and who made it. An older one that is not known is over, not early.
+    newest: Option<(LinkId, OfferId)>,
 }
 
 /// Offers that a step named and the scheduler half has not made yet, at most.
@@ -68,8 +68,18 @@ impl Step {
         }
     }
 
-    pub(super) fn claim_early(&mut self, offer: OfferId, count: usize) -> Vec<Source> {
-        self.newest = Some(offer);
+    /// Whether that observer made this offer before: its numbers grow.
+    pub(super) fn is_repeated(&self, observer: LinkId, offer: OfferId) -> bool {
+        self.newest.is_some_and(|(link, newest)| link == observer && offer <= newest)
+    }
+
+    pub(super) fn claim_early(
+        &mut self,
+        observer: LinkId,
+        offer: OfferId,
+        count: usize,
+    ) -> Vec<Source> {
+        self.newest = Some((observer, offer));
         let mut sources = vec![Source::default(); count];
         for (chunk, source) in self.early.remove(&offer).unwrap_or_default() {
             if let Some(place) = sources.get_mut(chunk as usize) {
@@ -79,14 +89,16 @@ impl Step {
         sources
     }
 
-    /// The observer is gone; another one counts from elsewhere.
-    pub(super) fn forget_observer(&mut self) {
-        self.early.clear();
-        self.newest = None;
+    /// The observer is gone; another one counts from elsewhere, and may have begun to.
+    pub(super) fn forget_observer(&mut self, observer: LinkId) {
+        if self.newest.is_none_or(|(link, _)| link == observer) {
+            self.early.clear();
+            self.newest = None;
+        }
     }
 
     fn is_early(&self, offer: OfferId) -> bool {
-        self.newest.is_none_or(|newest| offer > newest) && self.early.len() < EARLY_MAX
+        self.newest.is_none_or(|(_, newest)| offer > newest) && self.early.len() < EARLY_MAX
     }
 
     fn readable(&self, source: &Source, layer: usize) -> bool {
@@ -169,6 +181,7 @@ impl Producer {
         };
         let Some(blocks) = &source.blocks else { return };
         if writing.ending.is_some()
+            || writing.peer != peer
             || writing.posted[layer as usize]
             || !self.step.readable(source, layer as usize)
         {
@@ -179,7 +192,7 @@ impl Producer {
         writing.in_flight += 1;
         let post = PostId(self.next_post);
         self.next_post += 1;
-        self.posts.insert(post, (index, writing.grant, layer));
+        self.posts.insert(post, (writing.peer, writing.grant, layer));
         self.actions.push_back(ProducerAction::Post {
             post,
             peer,
