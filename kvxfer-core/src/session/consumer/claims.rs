@@ -109,6 +109,15 @@ impl Consumer {
                 false => Err(protocol(format!("claim {id} belongs to another observer"))),
             };
         }
+        if let Some(LinkKind::Observer { claims, newest }) =
+            self.links.get_mut(&link).map(|link| &mut link.kind)
+        {
+            if newest.is_some_and(|newest| id <= newest) {
+                return Ok(());
+            }
+            *newest = Some(id);
+            claims.insert(id);
+        }
         self.stats.claims += 1;
         let chunks = chunks
             .into_iter()
@@ -140,18 +149,13 @@ impl Consumer {
             told: None,
         };
         self.claims.insert(id, claim);
-        if let Some(LinkKind::Observer { claims }) =
-            self.links.get_mut(&link).map(|link| &mut link.kind)
-        {
-            claims.insert(id);
-        }
         self.timers.set(deadline.max(now), Timer::Claim(id));
         self.touched.push(id);
         Ok(())
     }
 
     /// A chunk that a claim waited for was committed.
-    pub(super) fn pin(&mut self, id: ClaimId, chunk: u32, grant: GrantId) {
+    pub(super) fn pin(&mut self, now: Time, id: ClaimId, chunk: u32, grant: GrantId) {
         let Some(claim) = self.claims.get_mut(&id) else { return };
         let wanted = &mut claim.chunks[chunk as usize];
         if wanted.hold != Hold::Waiting {
@@ -161,7 +165,7 @@ impl Consumer {
         wanted.hold = Hold::Pinned(grant);
         self.touched.push(id);
         if let Some(load) = claim.load {
-            self.copy(load, id, chunk);
+            self.copy(now, load, id, chunk);
         }
     }
 
@@ -205,7 +209,7 @@ impl Consumer {
         if let Asked::Now(ask) = claim.ask {
             self.asks.remove(&ask);
         }
-        if let Some(LinkKind::Observer { claims }) =
+        if let Some(LinkKind::Observer { claims, .. }) =
             self.links.get_mut(&claim.link).map(|link| &mut link.kind)
         {
             claims.remove(&id);
@@ -225,6 +229,8 @@ impl Consumer {
                 wanted.hold = Hold::Released;
                 if let Some(entry) = self.entries.get_mut(&key) {
                     entry.claims.retain(|&waiting| waiting != (id, chunk));
+                    // It took nothing, so whoever was expected still is.
+                    entry.claimed = entry.claimed.saturating_sub(1);
                 }
                 self.tidy(&key);
             }
@@ -240,8 +246,10 @@ impl Consumer {
     pub fn load(&mut self, now: Time, request: LoadRequest) {
         let LoadRequest { load, claim: id, first_chunk, chunks } = request;
         let fits = |claim: &&mut Claim| {
-            let end = first_chunk.checked_add(chunks);
-            end.is_some_and(|end| end as usize <= claim.chunks.len())
+            let end = first_chunk.checked_add(chunks).map(|end| end as usize);
+            let range = end.and_then(|end| claim.chunks.get(first_chunk as usize..end));
+            // What was let go does not come again.
+            range.is_some_and(|chunks| chunks.iter().all(|c| c.hold != Hold::Released))
         };
         match self.claims.get_mut(&id).filter(fits) {
             Some(claim) if claim.load.is_none() => claim.load = Some(load),
@@ -254,7 +262,7 @@ impl Consumer {
         }
         self.loads.insert(load, Load { request, left: chunks, copying: 0, failed: None });
         for chunk in first_chunk..first_chunk + chunks {
-            self.copy(load, id, chunk);
+            self.copy(now, load, id, chunk);
         }
         if chunks == 0 {
             self.finish_load(now, load);
@@ -266,7 +274,7 @@ impl Consumer {
     }
 
     /// Copies a chunk if it is pinned and belongs to the load.
-    fn copy(&mut self, id: LoadId, claim: ClaimId, chunk: u32) {
+    fn copy(&mut self, now: Time, id: LoadId, claim: ClaimId, chunk: u32) {
         let Some(load) = self.loads.get_mut(&id) else { return };
         let Some(wanted) =
             self.claims.get_mut(&claim).and_then(|claim| claim.chunks.get_mut(chunk as usize))
@@ -281,8 +289,7 @@ impl Consumer {
         let Phase::Resident { sums } = &grant.phase else { return };
         // Last look before the bytes are used: the pages still carry the number they were granted under.
         if let Err(stamp) = self.pool.check(number, &grant.extents) {
-            load.failed = Some(ErrorKind::Corrupt.error(stamp.to_string()));
-            return;
+            return self.fail_load(now, id, ErrorKind::Corrupt.error(stamp.to_string()));
         }
         wanted.hold = Hold::Copying(number);
         load.copying += 1;
@@ -335,6 +342,8 @@ impl Consumer {
             && entry.committed == Some(number)
         {
             entry.committed = None;
+            entry.promised = 0;
+            entry.claimed = entry.claims.len() as u32;
         }
         self.collector.retire(number);
         self.tidy(&key);
@@ -481,6 +490,27 @@ impl Consumer {
         self.timers.set(now + self.config.ask_timeout, Timer::Ask(ask));
         if let Some(claim) = self.claims.get_mut(&claim) {
             claim.ask = Asked::Now(ask);
+        }
+    }
+
+    /// A producer is there that claims have not asked: they may have been told that nobody has their chunks.
+    pub(super) fn ask_too(&mut self, link: LinkId) {
+        for (&id, claim) in &mut self.claims {
+            match claim.ask {
+                Asked::Never => {}
+                Asked::Answered => claim.ask = Asked::Never,
+                Asked::Now(ask) => {
+                    if let Some(state) = self.asks.get_mut(&ask)
+                        && state.waiting.insert(link)
+                    {
+                        self.actions.push_back(ConsumerAction::Send {
+                            link,
+                            message: Message::Ask { ask },
+                        });
+                    }
+                }
+            }
+            self.touched.push(id);
         }
     }
 

@@ -29,8 +29,8 @@ use crate::layout::KvLayout;
 use crate::pool::{Extent, Geometry, PageState, Pool, PoolStats};
 use crate::wire::Message;
 use crate::{
-    ChunkKey, ClaimId, Error, GrantId, Incarnation, LinkId, LoadId, OfferId, Result, SegmentId,
-    Time,
+    ChunkKey, ClaimId, Error, ErrorKind, GrantId, Incarnation, LinkId, LoadId, OfferId, Result,
+    SegmentId, Time,
 };
 
 use claims::{Claim, Load};
@@ -218,6 +218,8 @@ enum LinkKind {
     },
     Observer {
         claims: BTreeSet<ClaimId>,
+        /// Its numbers grow, so a claim that is no newer was repeated.
+        newest: Option<ClaimId>,
     },
 }
 
@@ -246,7 +248,7 @@ pub struct Consumer {
     dead: HashSet<Incarnation>,
     offers: HashMap<(LinkId, OfferId), Offer>,
     queue: VecDeque<(LinkId, OfferId)>,
-    claims: HashMap<ClaimId, Claim>,
+    claims: BTreeMap<ClaimId, Claim>,
     loads: HashMap<LoadId, Load>,
     asks: BTreeMap<u64, claims::Ask>,
     next_number: u64,
@@ -277,7 +279,7 @@ impl Consumer {
             dead: HashSet::new(),
             offers: HashMap::new(),
             queue: VecDeque::new(),
-            claims: HashMap::new(),
+            claims: BTreeMap::new(),
             loads: HashMap::new(),
             asks: BTreeMap::new(),
             next_number: 1,
@@ -290,6 +292,12 @@ impl Consumer {
 
     /// A producer's link is up.
     pub fn producer_connected(&mut self, now: Time, link: LinkId, peer: Incarnation) {
+        if self.is_replacing(peer) {
+            // What it were granted now could lie in memory that is about to be nobody's.
+            let error = ErrorKind::PeerLost.error("the memory that the peer wrote to is replaced");
+            self.actions.push_back(ConsumerAction::Close { link, error: error.retry() });
+            return;
+        }
         let kind = LinkKind::Producer {
             attached: false,
             exported: BTreeSet::new(),
@@ -304,8 +312,8 @@ impl Consumer {
 
     /// The engine's scheduler half is connected.
     pub fn observer_connected(&mut self, now: Time, link: LinkId, peer: Incarnation) {
-        self.links
-            .insert(link, Link { peer, kind: LinkKind::Observer { claims: BTreeSet::new() } });
+        let kind = LinkKind::Observer { claims: BTreeSet::new(), newest: None };
+        self.links.insert(link, Link { peer, kind });
         self.settle(now);
     }
 
@@ -314,7 +322,7 @@ impl Consumer {
         let Some(gone) = self.links.remove(&link) else { return };
         match gone.kind {
             LinkKind::Producer { offers, .. } => self.producer_lost(now, link, gone.peer, offers),
-            LinkKind::Observer { claims } => {
+            LinkKind::Observer { claims, .. } => {
                 for claim in claims {
                     self.drop_claim(now, claim);
                 }
@@ -334,7 +342,10 @@ impl Consumer {
             (_, Message::Ping | Message::Bye { .. }) => {}
             (LinkKind::Producer { attached, .. }, Message::Attach { layout }) => {
                 self.config.layout.compatible_with(&layout)?;
-                *attached = true;
+                if !std::mem::replace(attached, true) {
+                    self.revoke_again(peer);
+                    self.ask_too(link);
+                }
             }
             (LinkKind::Producer { attached: false, .. }, _) => {
                 return Err(protocol("a message came before the peer's layout"));

@@ -9,7 +9,6 @@ use std::sync::Arc;
 
 use super::reclaim::Then;
 use super::{Consumer, ConsumerAction, Entry, Grant, LinkKind, Phase, Timer};
-use crate::pool::PageState;
 use crate::session::protocol;
 use crate::wire::Message;
 use crate::wire::message::{Chunk, CommitOutcome, Granted};
@@ -66,7 +65,7 @@ impl Consumer {
         request: String,
         chunks: Vec<Chunk>,
     ) -> Result<()> {
-        if self.offers.contains_key(&(link, offer)) {
+        if self.offers.contains_key(&(link, offer)) || chunks.is_empty() {
             return Ok(());
         }
         if chunks.iter().any(|c| c.tokens == 0 || c.tokens > self.config.layout.chunk_tokens) {
@@ -213,23 +212,20 @@ impl Consumer {
             };
             if let Some(first) = blocked {
                 let overtaken = self.offers.get(&self.queue[first]).map_or(0, |o| o.overtaken);
+                let peer = self.links.get(&link).map(|link| link.peer);
                 let need = state.chunks[state.next..]
                     .iter()
                     .filter(|chunk| chunk.state == State::Waiting)
                     .map(|chunk| self.pages(chunk.tokens))
                     .sum::<u32>();
-                if overtaken >= self.config.overtakes {
-                    self.tell_busy(at);
-                    at += 1;
-                    continue;
-                }
-                if need == 0 || need > self.pool.count(PageState::Free) {
+                let fits = peer.is_some_and(|peer| self.pool.fits(peer, &[(0, need)]));
+                if overtaken >= self.config.overtakes || need == 0 || !fits {
                     self.tell_busy(at);
                     at += 1;
                     continue;
                 }
             }
-            let before = self.stats.granted;
+            let (here, before) = (at, self.stats.granted);
             match self.serve(now, link, offer) {
                 Served::All => {
                     // What is left of it waits for other producers' writes, and is found again through
@@ -254,7 +250,7 @@ impl Consumer {
                 }
             }
             if let Some(first) = blocked
-                && first + 1 < at.max(1)
+                && first < here
                 && self.stats.granted > before
                 && let Some(offer) = self.offers.get_mut(&self.queue[first])
             {
@@ -484,14 +480,21 @@ impl Consumer {
         entry.writing = None;
         entry.committed = Some(number);
         entry.lost_until = None;
-        let (waiting, claims) =
-            (std::mem::take(&mut entry.offers), std::mem::take(&mut entry.claims));
+        // One that is granted has been revoked, and is answered when its writer has drained.
+        let granted = |place: &Place| {
+            let offer = self.offers.get(&(place.link, place.offer));
+            offer.is_some_and(|offer| offer.chunks[place.chunk as usize].state == State::Granted)
+        };
+        let (fencing, waiting): (Vec<Place>, Vec<Place>) =
+            std::mem::take(&mut entry.offers).into_iter().partition(granted);
+        entry.offers = fencing;
+        let claims = std::mem::take(&mut entry.claims);
         for (claim, chunk) in claims {
-            self.pin(claim, chunk, number);
+            self.pin(now, claim, chunk, number);
         }
         self.settle_chunk(place);
         self.promise(now, key);
-        for other in waiting.into_iter().filter(|&other| other != place) {
+        for other in waiting {
             self.have(now, other);
             self.send(other.link, Message::Have { offer: other.offer, chunks: vec![other.chunk] });
         }
@@ -546,6 +549,8 @@ impl Consumer {
             .collect();
         for number in writing {
             self.end_leave(now, number);
+            // It may be back already.
+            self.revoke(number);
         }
         for offer in offers {
             let count = self.offers.get(&(link, offer)).map_or(0, |offer| offer.chunks.len());

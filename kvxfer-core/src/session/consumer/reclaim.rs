@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use super::{Consumer, ConsumerAction, LinkKind, Phase, Timer};
+use super::{Consumer, ConsumerAction, Grant, Link, LinkKind, Phase, Timer};
 use crate::pool::PageState;
 use crate::session::protocol;
 use crate::wire::Message;
@@ -32,9 +32,35 @@ impl Consumer {
             self.timers.set(deadline, Timer::Grant(number));
             return;
         }
-        let link = grant.place.link;
         self.end_leave(now, number);
-        self.send(link, Message::Revoke { grant: number });
+        self.revoke(number);
+    }
+
+    /// Asks the writer of a grant to stop, on whichever link it is reached.
+    pub(super) fn revoke(&mut self, number: GrantId) {
+        if let Some(grant) = self.grants.get(&number)
+            && let Some(link) = self.link_of(grant.peer)
+        {
+            self.send(link, Message::Revoke { grant: number });
+        }
+    }
+
+    /// A producer is back on another link. What it was granted on the last one is still to be fenced, and only
+    /// it can say when.
+    pub(super) fn revoke_again(&mut self, peer: Incarnation) {
+        let of = |grant: &Grant| grant.peer == peer && matches!(grant.phase, Phase::Fencing { .. });
+        let fencing: Vec<GrantId> =
+            self.grants.iter().filter(|(_, grant)| of(grant)).map(|(&n, _)| n).collect();
+        for number in fencing {
+            self.revoke(number);
+        }
+    }
+
+    /// The newest link on which a producer can be told something.
+    fn link_of(&self, peer: Incarnation) -> Option<LinkId> {
+        let attached = |kind: &LinkKind| matches!(kind, LinkKind::Producer { attached: true, .. });
+        let of = |(_, link): &(&LinkId, &Link)| link.peer == peer && attached(&link.kind);
+        self.links.iter().rev().find(of).map(|(&id, _)| id)
     }
 
     /// The leave to write ended; the writer may still be at it.
@@ -100,8 +126,8 @@ impl Consumer {
     pub(super) fn fence_due(&mut self, now: Time, number: GrantId) {
         let Some(grant) = self.grants.get(&number) else { return };
         let Phase::Fencing { since } = grant.phase else { return };
-        let (link, waited) = (grant.place.link, now.saturating_sub(since));
-        if self.links.contains_key(&link) {
+        if let Some(link) = self.link_of(grant.peer) {
+            let waited = now.saturating_sub(since);
             let error =
                 protocol(format!("grant {number} was revoked {waited:?} ago and not fenced"));
             self.actions.push_back(ConsumerAction::Close { link, error });
@@ -121,14 +147,28 @@ impl Consumer {
     }
 
     pub(super) fn orphan_due(&mut self, now: Time, peer: Incarnation) {
-        if self.dead.contains(&peer) || self.links.values().any(|link| link.peer == peer) {
+        // One that is back may take as long as any other, counted from when its leave ended.
+        let late = |grant: &Grant| {
+            let Phase::Fencing { since } = grant.phase else { return false };
+            grant.peer == peer && since + 2 * self.config.fence_timeout <= now
+        };
+        let links = self.links_of(peer);
+        if self.dead.contains(&peer) || (!links.is_empty() && !self.grants.values().any(late)) {
             return;
+        }
+        for link in links {
+            let error = ErrorKind::PeerLost.error(format!("peer {peer} cannot be fenced"));
+            self.actions.push_back(ConsumerAction::Close { link, error });
+            self.disconnected(now, link);
         }
         let segments: Vec<SegmentId> = self.pool.segments_of(peer).collect();
         if segments.is_empty() {
             return self.writer_dead(now, peer);
         }
         for segment in segments {
+            if self.segments[segment.0 as usize].replacing {
+                continue;
+            }
             let live = self
                 .grants
                 .values()
@@ -143,6 +183,14 @@ impl Consumer {
         }
     }
 
+    pub(super) fn is_replacing(&self, peer: Incarnation) -> bool {
+        self.pool.segments_of(peer).any(|segment| self.segments[segment.0 as usize].replacing)
+    }
+
+    fn links_of(&self, peer: Incarnation) -> Vec<LinkId> {
+        self.links.iter().filter(|(_, link)| link.peer == peer).map(|(&id, _)| id).collect()
+    }
+
     /// Fresh memory is behind a segment: whoever wrote to the old one writes to nothing of ours.
     pub fn replaced(&mut self, now: Time, segment: SegmentId) {
         let Some(state) = self.segments.get_mut(segment.0 as usize) else { return };
@@ -155,23 +203,17 @@ impl Consumer {
                 exported.remove(&segment);
             }
         }
-        if let Some(peer) = self.pool.writer(segment) {
-            let left = self
-                .pool
-                .segments_of(peer)
-                .any(|segment| self.segments[segment.0 as usize].replacing);
-            if !left {
-                self.writer_dead(now, peer);
-            }
+        if let Some(peer) = self.pool.writer(segment)
+            && !self.is_replacing(peer)
+        {
+            self.writer_dead(now, peer);
         }
     }
 
     /// A writer can write no more: its process ended, or nothing of ours is in its reach.
     pub fn writer_dead(&mut self, now: Time, peer: Incarnation) {
-        let links: Vec<LinkId> =
-            self.links.iter().filter(|(_, link)| link.peer == peer).map(|(&id, _)| id).collect();
         self.dead.insert(peer);
-        for link in links {
+        for link in self.links_of(peer) {
             let error = ErrorKind::PeerLost.error(format!("peer {peer} can write no more"));
             self.actions.push_back(ConsumerAction::Close { link, error });
             self.disconnected(now, link);
@@ -189,14 +231,19 @@ impl Consumer {
         self.settle(now);
     }
 
-    /// Takes the segments of a dead writer back as soon as nothing is in them.
+    /// Takes the segments of a dead writer back as soon as nothing is in them, and no memory is being put behind
+    /// them: the next writer's would be swapped away.
     fn unassign_dead(&mut self, peer: Incarnation) {
         if !self.dead.contains(&peer) {
             return;
         }
         let segments: Vec<SegmentId> = self.pool.segments_of(peer).collect();
-        let left = segments.into_iter().filter(|&segment| self.pool.unassign(segment).is_err());
-        if left.count() == 0 {
+        let mut left = 0;
+        for segment in segments {
+            let replacing = self.segments[segment.0 as usize].replacing;
+            left += u32::from(replacing || self.pool.unassign(segment).is_err());
+        }
+        if left == 0 {
             // Nothing is left of it: its name need not be remembered.
             self.dead.remove(&peer);
         }
@@ -211,11 +258,10 @@ impl Consumer {
             return;
         }
         // Without a link, the owner is an orphan: its death or fresh memory will give the segment back.
-        let Some((&link, state)) = self.links.iter_mut().find(|(_, link)| link.peer == owner)
-        else {
-            return;
-        };
-        if let LinkKind::Producer { exported, .. } = &mut state.kind {
+        let Some(link) = self.link_of(owner) else { return };
+        if let Some(LinkKind::Producer { exported, .. }) =
+            self.links.get_mut(&link).map(|link| &mut link.kind)
+        {
             // A grant that follows exports it again.
             exported.remove(&segment);
         }
