@@ -2,7 +2,7 @@
 
 use kvxfer_core::session::{Consumer, Observer, Producer};
 use kvxfer_core::wire::Message;
-use kvxfer_core::{LinkId, SegmentId};
+use kvxfer_core::{Incarnation, LinkId, SegmentId};
 
 use crate::plan::MS;
 use crate::report::name;
@@ -15,6 +15,8 @@ pub(crate) const SILENCE: u64 = 400 * MS;
 pub(crate) struct Link {
     /// Process and its life: the dialler, the listener.
     pub(crate) ends: [(usize, u32); 2],
+    /// Their names, as the hellos said: a process that was restarted since has another.
+    pub(crate) names: [Incarnation; 2],
     /// Which of the dialler's peers this is.
     pub(crate) index: usize,
     pub(crate) up: [bool; 2],
@@ -56,6 +58,7 @@ impl World {
         let link = self.links.len();
         self.links.push(Link {
             ends: [(proc, epoch), (to, self.procs[to].epoch)],
+            names: [proc, to].map(|proc| self.procs[proc].incarnation),
             index,
             up: [false; 2],
             met: [false; 2],
@@ -215,7 +218,7 @@ impl World {
             Input::Connected(link) if self.connected(proc, link) => {
                 if self.side(link, proc) == 0 {
                     let state = &self.links[link];
-                    let peer = self.procs[state.ends[1].0].incarnation;
+                    let peer = state.names[1];
                     producer.consumer_connected(state.index, Self::link_id(link), peer);
                 }
             }
@@ -267,7 +270,7 @@ impl World {
         match input {
             Input::Connected(link) if self.connected(proc, link) => {
                 let (dialler, _) = self.links[link].ends[0];
-                let peer = self.procs[dialler].incarnation;
+                let peer = self.links[link].names[0];
                 let id = Self::link_id(link);
                 match self.procs[dialler].role {
                     Role::Scheduler => consumer.observer_connected(now, id, peer),
@@ -321,14 +324,14 @@ impl World {
 
     fn attach(&mut self, proc: usize, link: usize, segment: SegmentId, blob: &[u8]) {
         let memory = blob.iter().rev().fold(0, |value, &byte| value << 8 | usize::from(byte));
-        let peer = self.procs[self.links[link].ends[1].0].incarnation;
+        let peer = self.links[link].names[1];
         self.procs[proc].attached.insert((peer, segment), memory);
     }
 
     /// A producer's agent forgets what the peer of a dead link had shown it.
     fn link_gone(&mut self, proc: usize, link: usize) {
         if self.side(link, proc) == 0 {
-            let peer = self.procs[self.links[link].ends[1].0].incarnation;
+            let peer = self.links[link].names[1];
             self.procs[proc].attached.retain(|(other, _), _| *other != peer);
         }
     }

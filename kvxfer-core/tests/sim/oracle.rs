@@ -74,7 +74,7 @@ impl World {
         let link = link.0 as usize - 1;
         match message {
             Message::Granted { offer, grants, .. } => {
-                let peer = self.procs[self.links[link].ends[0].0].incarnation;
+                let peer = self.links[link].names[0];
                 for granted in grants {
                     let key = self.oracle_key(proc, link, *offer, granted.chunk);
                     let ghost = Ghost {
@@ -145,7 +145,7 @@ impl World {
             Message::Commit { grant, .. }
             | Message::Abort { grant }
             | Message::FenceAck { grant } => {
-                let peer = self.procs[self.links[link].ends[0].0].incarnation;
+                let peer = self.links[link].names[0];
                 if let Some(ghost) = self.oracle.grants.get_mut(&(proc, *grant))
                     && ghost.peer == peer
                 {
@@ -242,7 +242,7 @@ impl World {
         else {
             return;
         };
-        let peer = self.procs[self.links[link].ends[1].0].incarnation;
+        let peer = self.links[link].names[1];
         let left = self.oracle.in_flight.get(&(proc, peer, *grant)).copied().unwrap_or(0);
         if left > 0 {
             self.fail(format!("{message:?} was said with {left} posts under way"));

@@ -66,12 +66,14 @@ impl Plan {
         let pages = match mode {
             Mode::Calm => 400,
             Mode::Tight => 3 * rng.range(2, longest + 2),
+            // Now and then not even one chunk fits.
+            Mode::Rough if rng.permille(40) => 2,
             Mode::Rough => 3 * rng.range(2, 30),
         };
         let segments = match mode {
             // One writer a segment: every producer needs one.
             Mode::Calm => 8,
-            _ => rng.range(1, 6).min(pages / 3),
+            _ => rng.range(1, 6).min(pages / 3).max(1),
         };
         // Whoever waits without faults waits long enough for everyone before it.
         let slow = if rough { 1 } else { 20 };

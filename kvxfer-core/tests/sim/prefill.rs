@@ -96,7 +96,7 @@ impl Prefill {
     }
 
     /// Lets go of blocks. The last one out leaves them to be overwritten; `poison` does so at once.
-    fn drop_blocks(&mut self, key: Option<&ChunkKey>, blocks: &Blocks, poison: bool) {
+    fn drop_blocks(&mut self, blocks: &Blocks, poison: bool) {
         for (group, ids) in blocks.iter().enumerate() {
             for &id in ids {
                 let refs = &mut self.refs[group][id as usize];
@@ -110,10 +110,7 @@ impl Prefill {
                         memory[group][id as usize * SLOTS..][..SLOTS].fill(POISON);
                     }
                 }
-                match key {
-                    Some(key) => drop(self.cache.remove(key)),
-                    None => self.cache.retain(|_, cached| !cached[group].contains(&id)),
-                }
+                self.cache.retain(|_, cached| !cached[group].contains(&id));
             }
         }
     }
@@ -178,6 +175,7 @@ impl World {
         let mut ranges = Vec::new();
         let mut compute = Vec::new();
         let mut step = Vec::new();
+        let mut full = false;
         let ids: Vec<u64> = self.prefills[engine].requests.keys().copied().collect();
         for id in ids {
             let request = &self.prefills[engine].requests[&id];
@@ -201,6 +199,7 @@ impl World {
                     }
                     None => {
                         let Some(blocks) = prefill.allocate(&self.plan, chunk.tokens) else {
+                            full = true;
                             break;
                         };
                         prefill.cache.insert(chunk.key, blocks.clone());
@@ -234,7 +233,12 @@ impl World {
             let prefill = &mut self.prefills[engine];
             // Out of blocks, or out of luck: try again, for as long as there is anything to do.
             prefill.asleep = prefill.requests.is_empty();
-            if !prefill.asleep {
+            let holds = |(id, r): (&u64, &Request)| (!r.held.is_empty()).then_some(*id);
+            let youngest = prefill.requests.iter().rev().find_map(holds);
+            if let Some(id) = youngest.filter(|_| full) {
+                self.preempt(engine, id);
+            }
+            if !self.prefills[engine].asleep {
                 let delay = self.rng.range(MS, 10 * MS);
                 self.later(delay, proc, Input::Step);
             }
@@ -264,18 +268,22 @@ impl World {
             if request.done == request.chunks.len() || request.aborted {
                 self.end_request(proc, observer, id);
             } else if self.plan.mode == Mode::Rough && self.rng.permille(30) {
-                // Preempted: the engine takes its own hold off the blocks; the pushes' pins stay.
-                self.counts.fault("preemption", self.now + 20 * MS);
-                let poison = self.rng.permille(500);
-                let prefill = &mut self.prefills[engine];
-                let held = prefill.requests.get_mut(&id).map(|r| std::mem::take(&mut r.held));
-                for blocks in held.unwrap_or_default() {
-                    prefill.drop_blocks(None, &blocks, poison);
-                }
+                self.preempt(engine, id);
             }
         }
         let delay = self.rng.range(0, 2 * MS);
         self.later(delay, proc, Input::Step);
+    }
+
+    /// The engine takes its own hold off a request's blocks; the pushes' pins stay.
+    fn preempt(&mut self, engine: usize, id: u64) {
+        self.counts.step("preemption", self.now);
+        let poison = self.rng.permille(500);
+        let prefill = &mut self.prefills[engine];
+        let held = prefill.requests.get_mut(&id).map(|r| std::mem::take(&mut r.held));
+        for blocks in held.unwrap_or_default() {
+            prefill.drop_blocks(&blocks, poison);
+        }
     }
 
     fn end_request(&mut self, proc: usize, observer: &mut Observer, id: u64) {
@@ -285,7 +293,7 @@ impl World {
         let prefill = &mut self.prefills[engine];
         let Some(request) = prefill.requests.remove(&id) else { return };
         for blocks in &request.held {
-            prefill.drop_blocks(None, blocks, poison);
+            prefill.drop_blocks(blocks, poison);
         }
         if request.aborted || withdraw {
             observer.withdraw(request.offer);
@@ -310,7 +318,7 @@ impl World {
                     return self.fail(format!("chunk {chunk} of offer {offer} was pushed twice"));
                 }
                 if let Some(blocks) = offered.pins[chunk as usize].take() {
-                    prefill.drop_blocks(None, &blocks, poison);
+                    prefill.drop_blocks(&blocks, poison);
                 }
                 if prefill.offers[&offer].pushed.iter().all(|&pushed| pushed) {
                     prefill.offers.remove(&offer);

@@ -210,17 +210,16 @@ impl Producer {
         self.consumer_gone(index);
         self.consumers[index].link = Some((link, peer));
         self.send(link, Message::Attach { layout: self.config.layout.clone() });
-        let mut waiting: Vec<OfferId> = self
+        // Also those of requests that have ended meanwhile, if their blocks are still held.
+        let waiting: Vec<OfferId> = self
             .offers
             .iter()
             .filter(|(_, offer)| {
-                !offer.withdrawn
-                    && !offer.told[index]
-                    && offer.pushes[index].iter().all(|push| matches!(push, Push::Waiting))
+                let waits = |push: &Push| matches!(push, Push::Waiting);
+                !offer.told[index] && offer.pushes[index].iter().any(waits)
             })
             .map(|(&id, _)| id)
             .collect();
-        waiting.sort_unstable();
         for offer in waiting {
             self.tell(index, offer);
         }
@@ -237,7 +236,13 @@ impl Producer {
             chunks: offer.chunks.clone(),
         };
         self.stats.offered += offer.chunks.len() as u64;
+        let gone = |push: &Push| !matches!(push, Push::Waiting);
+        let pushes = (0..).zip(&offer.pushes[index]);
+        let chunks: Vec<u32> = pushes.filter(|(_, push)| gone(push)).map(|(at, _)| at).collect();
         self.send(link, message);
+        if !chunks.is_empty() {
+            self.send(link, Message::Withdraw { offer: id, chunks });
+        }
     }
 
     /// A link ended.
