@@ -275,7 +275,7 @@ impl World {
             }
             (Role::Agent(rank), Kind::Prefill) => {
                 let producer = Producer::new(self.plan.producer(rank)).expect(valid);
-                (Machine::Producer(producer), self.plan.decodes)
+                (Machine::Producer(Box::new(producer)), self.plan.decodes)
             }
             (Role::Agent(rank), Kind::Decode) => {
                 let consumer = Consumer::new(self.plan.consumer(rank)).expect(valid);
@@ -289,7 +289,7 @@ impl World {
                     });
                 }
                 self.procs[proc].backing = (first..self.memories.len()).collect();
-                (Machine::Consumer(consumer), 0)
+                (Machine::Consumer(Box::new(consumer)), 0)
             }
         }
     }

@@ -194,7 +194,7 @@ impl World {
 
     // ---- what reaches a machine -----------------------------------------------------------------
 
-    pub(crate) fn to_observer(&mut self, proc: usize, observer: &mut Observer, input: Input) {
+    pub(crate) fn reach_observer(&mut self, proc: usize, observer: &mut Observer, input: Input) {
         match input {
             Input::Connected(link) if self.connected(proc, link) => {
                 observer.connected(self.links[link].index, Self::link_id(link));
@@ -212,14 +212,14 @@ impl World {
         }
     }
 
-    pub(crate) fn to_producer(&mut self, proc: usize, producer: &mut Producer, input: Input) {
+    pub(crate) fn reach_producer(&mut self, proc: usize, producer: &mut Producer, input: Input) {
         let now = self.local(proc);
         match input {
-            Input::Connected(link) if self.connected(proc, link) => {
-                if self.side(link, proc) == 0 {
-                    let state = &self.links[link];
-                    let peer = state.names[1];
-                    producer.consumer_connected(state.index, Self::link_id(link), peer);
+            Input::Connected(link) => {
+                let state = &self.links[link];
+                let (index, peer) = (state.index, state.names[1]);
+                if self.connected(proc, link) && self.side(link, proc) == 0 {
+                    producer.consumer_connected(index, Self::link_id(link), peer);
                 }
             }
             Input::Down(link) if self.down(proc, link) => {
@@ -227,9 +227,7 @@ impl World {
                 self.link_gone(proc, link);
             }
             Input::Message(link, Message::Segment { segment, blob, .. }) => {
-                if self.links[link].up[0] {
-                    self.attach(proc, link, segment, &blob);
-                }
+                self.attach(proc, link, segment, &blob);
             }
             Input::Message(link, message) => {
                 let id = Self::link_id(link);
@@ -265,7 +263,7 @@ impl World {
         }
     }
 
-    pub(crate) fn to_consumer(&mut self, proc: usize, consumer: &mut Consumer, input: Input) {
+    pub(crate) fn reach_consumer(&mut self, proc: usize, consumer: &mut Consumer, input: Input) {
         let now = self.local(proc);
         match input {
             Input::Connected(link) if self.connected(proc, link) => {
@@ -323,6 +321,9 @@ impl World {
     }
 
     fn attach(&mut self, proc: usize, link: usize, segment: SegmentId, blob: &[u8]) {
+        if !self.links[link].up[0] {
+            return;
+        }
         let memory = blob.iter().rev().fold(0, |value, &byte| value << 8 | usize::from(byte));
         let peer = self.links[link].names[1];
         self.procs[proc].attached.insert((peer, segment), memory);

@@ -70,8 +70,8 @@ pub(crate) enum Event {
 pub(crate) enum Machine {
     None,
     Observer(Observer),
-    Producer(Producer),
-    Consumer(Consumer),
+    Producer(Box<Producer>),
+    Consumer(Box<Consumer>),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -333,9 +333,9 @@ impl World {
         let mut machine = std::mem::replace(&mut self.procs[proc].machine, Machine::None);
         match &mut machine {
             Machine::None => {}
-            Machine::Observer(observer) => self.to_observer(proc, observer, input),
-            Machine::Producer(producer) => self.to_producer(proc, producer, input),
-            Machine::Consumer(consumer) => self.to_consumer(proc, consumer, input),
+            Machine::Observer(observer) => self.reach_observer(proc, observer, input),
+            Machine::Producer(producer) => self.reach_producer(proc, producer, input),
+            Machine::Consumer(consumer) => self.reach_consumer(proc, consumer, input),
         }
         self.procs[proc].machine = machine;
         self.perform(proc);
