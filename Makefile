@@ -5,7 +5,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .ONESHELL:
-.PHONY: help demo test rust python e2e bench fmt clean
+.PHONY: help demo test rust python examples e2e bench fmt clean
 
 # Cut once here, so that a log shows where the minutes went.
 say = printf '\n\033[1m[%(%H:%M:%S)T] %s\033[0m\n' -1 "$(1)"
@@ -28,7 +28,7 @@ demo: ## prefill and decode in two real vLLM servers with kvxfer between them (P
 # As environment variables, so that no shell reads the text.
 export PROMPT KEEP
 
-test: rust python e2e ## everything: Rust, Python, types, and two real engines end to end
+test: rust python examples e2e ## everything: Rust, Python, types, and two real engines end to end
 	@$(call say,all tests passed)
 
 rust: ## formatting, clippy, Rust tests and doc tests
@@ -52,12 +52,19 @@ python: ## the wheel, ruff, mypy, the stubs against the binary, and the Python t
 	"$(TOOLS)/ruff" format --check $(PYTHON_CODE)
 	"$(TOOLS)/ruff" check $(PYTHON_CODE)
 	$(call say,python: types)
-	"$$python" -m mypy --config-file kvxfer-py/pyproject.toml kvxfer-py/python examples/disaggregated-prefill kvxfer-py/tests/engines
+	"$$python" -m mypy --config-file kvxfer-py/pyproject.toml kvxfer-py/python examples/disaggregated-prefill examples/python kvxfer-py/tests/engines
 	"$$python" -m mypy.stubtest kvxfer._kvxfer
 	$(call say,python: tests without engines)
 	config=kvxfer-py/pyproject.toml
 	"$$python" -m pytest -c $$config -m "not e2e" -q kvxfer-py/tests
 	"$$python" -m pytest -c $$config -q examples/disaggregated-prefill
+
+examples: ## the examples of the README, in Rust and in Python
+	@$(call say,examples: Rust)
+	cargo run --package kvxfer-examples --example hello --locked
+	$(call say,examples: Python)
+	python=$$(env/install)
+	timeout 60 "$$python" examples/python/hello.py
 
 e2e: ## two real vLLM engines on a real and on a tiny model, faults included
 	@$(call say,e2e: the environment and the wheel)

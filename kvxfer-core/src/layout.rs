@@ -78,6 +78,18 @@ impl Group {
 }
 
 impl KvLayout {
+    /// The layout of an engine that is not sharded and whose layers share one block table; without tags.
+    pub fn one_group(model: &str, dtype: &str, chunk_tokens: u32, group: Group) -> Self {
+        Self {
+            model: model.into(),
+            dtype: dtype.into(),
+            chunk_tokens,
+            shard: (0, 1),
+            groups: vec![group],
+            tags: BTreeMap::new(),
+        }
+    }
+
     /// Checks that the layout makes sense and stays within the caps of this module.
     ///
     /// Block sizes have to be multiples of 8 bytes, so that a checksum ([`crate::sum`]) does not

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, bounded};
 use kvxfer_core::session::{Observer, ObserverAction};
-use kvxfer_core::wire::message::{Chunk, ClaimStatus};
+use kvxfer_core::wire::message::{Chunk, ClaimStatus, Next};
 use kvxfer_core::wire::{self, Hello, Message, Purpose};
 use kvxfer_core::{ClaimId, ErrorKind, LinkId, OfferId, Result, key};
 use parking_lot::{Condvar, Mutex};
@@ -120,6 +120,18 @@ impl ObserverHandle {
     /// How a claim stands on all ranks together; `None` until all have answered.
     pub fn status(&self, claim: ClaimId) -> Option<ClaimStatus> {
         self.shared.state.lock().observer.status(claim)
+    }
+
+    /// Waits until all of a claim is ready, or stalled or lost, and returns how it stands then or when time is up; `None`
+    /// if some rank has not answered even then. What nobody has offered yet is waited for as well.
+    pub fn settled(&self, claim: ClaimId, patience: Duration) -> Option<ClaimStatus> {
+        let open = |state: &mut State| {
+            let next = state.observer.status(claim).map(|status| status.next);
+            !matches!(next, Some(Next::Done | Next::Stalled | Next::Lost))
+        };
+        let mut state = self.shared.state.lock();
+        self.shared.signal.wait_while_for(&mut state, open, patience);
+        state.observer.status(claim)
     }
 
     /// Keeps only chunks `keep_from..keep_to` of a claim; with an empty range the claim ends.

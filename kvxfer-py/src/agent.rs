@@ -1,11 +1,10 @@
 //! The worker half's agent.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use kvxfer_core::gc::{AfterRetrieve, GcConfig};
 use kvxfer_core::session::{LoadRequest, PushRange};
-use kvxfer_core::{BlockId, ClaimId, ErrorKind, LoadId, OfferId, Result};
+use kvxfer_core::{ClaimId, ErrorKind, LoadId, OfferId, Result};
 use kvxfer_cuda::{Agent as CoreAgent, AgentConfig, KvLayer, Role, default_socket_dir};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -35,9 +34,10 @@ pub(crate) struct Agent(CoreAgent);
 #[pymethods]
 impl Agent {
     #[new]
-    #[pyo3(signature = (*, role, layout, name, listen, peers, socket_dir, buffer_size, gc, gc_policy,
-        high_watermark, low_watermark, unclaimed_ttl, load_timeout, hold_timeout, lease, allow_insecure,
-        require_path))]
+    #[pyo3(signature = (*, role, layout, name=String::new(), listen=None, peers=Vec::new(), socket_dir=None,
+        buffer_size=1 << 30, gc=true, gc_policy="drop", high_watermark=0.9, low_watermark=0.7,
+        unclaimed_ttl=60.0, load_timeout=30.0, hold_timeout=30.0, lease=10.0, allow_insecure=false,
+        require_path=None))]
     #[expect(clippy::too_many_arguments, reason = "keywords, each a documented setting")]
     fn new(
         py: Python<'_>,
@@ -124,8 +124,9 @@ impl Agent {
         let ranges = ranges
             .into_iter()
             .map(|(offer, first_chunk, tables)| {
-                let blocks = self.by_chunk(&tables)?;
-                Ok(PushRange { offer: OfferId(offer), first_chunk, blocks })
+                let tables: Vec<_> =
+                    tables.iter().map(|ids| words(ids)).collect::<PyResult<_>>()?;
+                PushRange::new(self.0.layout(), OfferId(offer), first_chunk, &tables).map_err(raise)
             })
             .collect::<PyResult<Vec<_>>>()?;
         py.detach(|| self.0.begin_step(ranges)).map_err(raise)
@@ -168,6 +169,16 @@ impl Agent {
                 path: one.path,
             })
             .collect()
+    }
+
+    fn wait(&self, py: Python<'_>, seconds: f64) -> bool {
+        let patience = Duration::try_from_secs_f64(seconds).unwrap_or_default();
+        py.detach(|| self.0.wait(patience))
+    }
+
+    fn wait_connected(&self, py: Python<'_>, seconds: f64) -> bool {
+        let patience = Duration::try_from_secs_f64(seconds).unwrap_or_default();
+        py.detach(|| self.0.wait_connected(patience))
     }
 
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
@@ -227,37 +238,6 @@ impl Agent {
         _traceback: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
         self.close(py)
-    }
-}
-
-impl Agent {
-    /// Block tables of consecutive chunks, cut into one a chunk.
-    fn by_chunk(&self, tables: &[Vec<u8>]) -> PyResult<Vec<Arc<[Vec<BlockId>]>>> {
-        let layout = self.0.layout();
-        if tables.len() != layout.groups.len() {
-            let what = format!("{} block tables, {} groups", tables.len(), layout.groups.len());
-            return Err(raise(ErrorKind::Config.error(what)));
-        }
-        let mut chunks: Vec<Vec<Vec<BlockId>>> = Vec::new();
-        for (at, (table, group)) in tables.iter().zip(&layout.groups).enumerate() {
-            let ids = words(table)?;
-            let per_chunk = (layout.chunk_tokens / group.block_tokens) as usize;
-            for (chunk, ids) in ids.chunks(per_chunk).enumerate() {
-                if at == 0 {
-                    chunks.push(Vec::with_capacity(tables.len()));
-                }
-                let Some(groups) = chunks.get_mut(chunk).filter(|groups| groups.len() == at) else {
-                    let what = format!("group {at} has blocks of another number of chunks");
-                    return Err(raise(ErrorKind::Config.error(what)));
-                };
-                groups.push(ids.to_vec());
-            }
-        }
-        if chunks.iter().any(|groups| groups.len() != tables.len()) {
-            let what = "the groups' block tables are of different numbers of chunks";
-            return Err(raise(ErrorKind::Config.error(what)));
-        }
-        Ok(chunks.into_iter().map(Into::into).collect())
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use kvxfer_core::wire::message::Next;
+use kvxfer_core::wire::message::{ClaimStatus, Next};
 use kvxfer_core::{ClaimId, OfferId, Result};
 use kvxfer_cuda::ObserverHandle;
 use pyo3::prelude::*;
@@ -39,19 +39,17 @@ impl Observer {
     }
 
     fn status(&self, py: Python<'_>, claim: u64) -> (u32, u32, &'static str) {
-        let Some(status) = py.detach(|| self.0.status(ClaimId(claim))) else {
-            return (0, 0, "waiting");
-        };
-        let next = match status.next {
-            Next::Done => "done",
-            Next::Asking => "asking",
-            Next::Writing => "writing",
-            Next::Stalled => "stalled",
-            Next::Missing => "missing",
-            Next::Lost => "lost",
-            Next::NoProducer => "no-producer",
-        };
-        (status.ready, status.coming, next)
+        told(py.detach(|| self.0.status(ClaimId(claim))))
+    }
+
+    fn settled(
+        &self,
+        py: Python<'_>,
+        claim: u64,
+        seconds: f64,
+    ) -> Option<(u32, u32, &'static str)> {
+        let patience = Duration::try_from_secs_f64(seconds).unwrap_or_default();
+        py.detach(|| self.0.settled(ClaimId(claim), patience)).map(|status| told(Some(status)))
     }
 
     #[pyo3(signature = (claim, keep_from=0, keep_to=0))]
@@ -72,4 +70,18 @@ impl Observer {
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         py.detach(|| self.0.close()).map_err(raise)
     }
+}
+
+fn told(status: Option<ClaimStatus>) -> (u32, u32, &'static str) {
+    let Some(status) = status else { return (0, 0, "waiting") };
+    let next = match status.next {
+        Next::Done => "done",
+        Next::Asking => "asking",
+        Next::Writing => "writing",
+        Next::Stalled => "stalled",
+        Next::Missing => "missing",
+        Next::Lost => "lost",
+        Next::NoProducer => "no-producer",
+    };
+    (status.ready, status.coming, next)
 }

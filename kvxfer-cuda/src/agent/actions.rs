@@ -125,7 +125,7 @@ impl Progress {
             Some(loads) => loads.end(load, result, &path),
             None => Loaded { load, result, bytes: 0, tokens: 0, seconds: 0.0, path },
         };
-        self.shared.loaded.lock().push(loaded);
+        self.shared.tell(|news| news.loaded.push(loaded));
     }
 
     #[cfg(feature = "faults")]

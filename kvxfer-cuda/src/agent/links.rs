@@ -95,6 +95,7 @@ impl Progress {
             }
         };
         self.links.insert(link, Link { peer: incarnation, name, kind, pidfd });
+        self.tell_peers();
         Ok(())
     }
 
@@ -151,6 +152,7 @@ impl Progress {
 
     pub(super) fn down(&mut self, now: Time, id: LinkId, error: &Error) {
         let Some(link) = self.links.remove(&id) else { return };
+        self.tell_peers();
         tracing::info!(peer = %link.peer, name = link.name, %error, "a link ended");
         if let Some(producer) = &mut self.producer {
             producer.disconnected(now, id);
@@ -167,6 +169,11 @@ impl Progress {
             Kind::Producer(_) => self.orphans.extend(link.pidfd.map(|fd| (link.peer, fd))),
             Kind::Observer => {}
         }
+    }
+
+    fn tell_peers(&self) {
+        let peers = self.links.values().filter(|link| matches!(link.kind, Kind::Consumer)).count();
+        self.shared.tell(|news| news.peers = peers);
     }
 
     /// Closes a link that never became one of ours.

@@ -4,7 +4,8 @@
 //! thread ([`progress`]) owns the sockets, the pool, the transports and the state machines, by `&mut`.
 //! Nothing here waits for a peer.
 //!
-//! Locks: one mutex around the loads that ended, held for a push or a swap; no other is taken under it.
+//! Locks: one mutex around what the progress thread tells its callers, held for a push or a swap; no other is taken
+//! under it.
 
 mod actions;
 mod links;
@@ -22,7 +23,7 @@ use crossbeam_channel::{Receiver, SendTimeoutError, Sender, bounded};
 use kvxfer_core::pool::PoolStats;
 use kvxfer_core::session::{ConsumerStats, LoadRequest, ProducerStats, PushRange};
 use kvxfer_core::{BlockId, Error, ErrorKind, Incarnation, LoadId, Result};
-use parking_lot::Mutex;
+use parking_lot::{Condvar, Mutex};
 
 use crate::config::AgentConfig;
 use crate::control::{Address, Waker};
@@ -98,8 +99,33 @@ enum Command {
 /// What the progress thread shares with its callers.
 #[derive(Debug, Default)]
 struct Shared {
-    loaded: Mutex<Vec<Loaded>>,
+    news: Mutex<News>,
+    /// Something was added to `news`, or the thread stopped.
+    signal: Condvar,
     stopped: AtomicBool,
+}
+
+#[derive(Debug, Default)]
+struct News {
+    /// The loads that ended and were not told yet.
+    loaded: Vec<Loaded>,
+    /// How many of the configured peers are connected.
+    peers: usize,
+}
+
+impl Shared {
+    fn tell(&self, news: impl FnOnce(&mut News)) {
+        news(&mut self.news.lock());
+        self.signal.notify_all();
+    }
+
+    /// Waits until that holds; `false` when time was up, or the thread stopped before.
+    fn wait(&self, patience: Duration, what: impl Fn(&News) -> bool) -> bool {
+        let mut news = self.news.lock();
+        let waiting = |news: &mut News| !what(news) && !self.stopped.load(Ordering::Acquire);
+        self.signal.wait_while_for(&mut news, waiting, patience);
+        what(&news)
+    }
 }
 
 /// An engine rank's agent. See the [module](self).
@@ -113,6 +139,7 @@ pub struct Agent {
     incarnation: Incarnation,
     addresses: Vec<Address>,
     layout: Arc<kvxfer_core::layout::KvLayout>,
+    peers: usize,
 }
 
 impl std::fmt::Debug for Command {
@@ -141,6 +168,7 @@ impl Agent {
         let (end, ended) = bounded::<()>(0);
         let shared = Arc::new(Shared::default());
         let layout = Arc::new(config.layout.clone());
+        let peers = if config.role.produces() { config.peers.len() } else { 0 };
         let progress = progress::Progress::new(config, Arc::clone(&shared), inbox)?;
         let (incarnation, waker) = (progress.incarnation(), progress.waker());
         let addresses = progress.addresses().to_vec();
@@ -155,7 +183,7 @@ impl Agent {
             })
             .map_err(|error| ErrorKind::Io.error(format!("no thread for the agent: {error}")))?;
         let thread = Mutex::new(Some(thread));
-        Ok(Self { commands, waker, shared, thread, ended, incarnation, addresses, layout })
+        Ok(Self { commands, waker, shared, thread, ended, incarnation, addresses, layout, peers })
     }
 
     /// This agent's life.
@@ -236,7 +264,18 @@ impl Agent {
 
     /// Appends the loads that ended since the last call.
     pub fn poll(&self, out: &mut Vec<Loaded>) {
-        out.append(&mut self.shared.loaded.lock());
+        out.append(&mut self.shared.news.lock().loaded);
+    }
+
+    /// Waits until [`Agent::poll`] has something to tell. `false` when time was up.
+    pub fn wait(&self, patience: Duration) -> bool {
+        self.shared.wait(patience, |news| !news.loaded.is_empty())
+    }
+
+    /// Waits until all configured peers are connected: what a producer offers before then goes to those that are.
+    /// `false` when time was up. Of an agent without peers it is true at once.
+    pub fn wait_connected(&self, patience: Duration) -> bool {
+        self.shared.wait(patience, |news| news.peers >= self.peers)
     }
 
     /// Counters.
@@ -290,7 +329,7 @@ struct Stopped(Arc<Shared>);
 
 impl Drop for Stopped {
     fn drop(&mut self) {
-        self.0.stopped.store(true, Ordering::Release);
+        self.0.tell(|_| self.0.stopped.store(true, Ordering::Release));
     }
 }
 

@@ -282,7 +282,8 @@ impl Progress {
             self.close_link(now, link, &ErrorKind::Closed.error("the agent was closed"));
         }
         if let Some(loads) = &mut self.loads {
-            self.shared.loaded.lock().extend(loads.fail_all(&closed()));
+            let failed = loads.fail_all(&closed());
+            self.shared.tell(|news| news.loaded.extend(failed));
         }
     }
 }

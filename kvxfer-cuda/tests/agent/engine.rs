@@ -101,12 +101,7 @@ impl Engine {
     }
 
     pub(crate) fn push(&mut self, offer: OfferId, tokens: &[u32], blocks: &[BlockId]) {
-        let per_chunk = (CHUNK_TOKENS / BLOCK_TOKENS) as usize;
-        let range = PushRange {
-            offer,
-            first_chunk: 0,
-            blocks: blocks.chunks(per_chunk).map(|ids| vec![ids.to_vec()].into()).collect(),
-        };
+        let range = PushRange::new(self.agent.layout(), offer, 0, &[blocks]).unwrap();
         self.agent.begin_step(vec![range]).unwrap();
         for layer in 0..LAYERS {
             for (at, &block) in blocks.iter().enumerate() {

@@ -3,9 +3,12 @@
 mod engine;
 mod processes;
 
-use engine::{BLOCK_TOKENS, CHUNK_TOKENS, Engine, config};
+use std::time::Duration;
+
+use engine::{BLOCK_TOKENS, CHUNK_TOKENS, Engine, PATIENCE, config};
+use kvxfer_core::session::LoadRequest;
 use kvxfer_core::wire::message::Next;
-use kvxfer_core::{BlockId, ErrorKind};
+use kvxfer_core::{BlockId, ErrorKind, LoadId};
 use kvxfer_cuda::Role;
 
 fn prompt(seed: u32, tokens: u32) -> Vec<u32> {
@@ -83,6 +86,34 @@ fn a_prompt_gets_from_one_engine_to_the_other() {
     }
     let stats = pair.decode.agent.stats().unwrap();
     assert_eq!((stats.pool.free, stats.pages_leaked), (stats.pool.pages, 0), "{stats:?}");
+}
+
+#[test]
+fn waiting_ends_with_what_was_waited_for_or_with_the_time() {
+    let mut pair = pair(|_| {});
+    assert!(pair.decode.agent.wait_connected(Duration::ZERO), "it dials nobody");
+    assert!(pair.prefill.agent.wait_connected(PATIENCE));
+    let prompt = prompt(1, 100);
+    let blocks = blocks(&prompt, 7);
+    let offer = pair.prefill.observer.offer("request", &pair.prefill.chunks(&prompt));
+    let claim = pair.decode.claim(&prompt);
+    let status = pair.decode.observer.settled(claim, Duration::from_millis(20));
+    assert!(status.is_none_or(|status| status.ready == 0 && status.next != Next::Done));
+    assert!(!pair.decode.agent.wait(Duration::from_millis(1)), "nothing was loaded");
+    pair.prefill.push(offer, &prompt, &blocks);
+    let status = pair.decode.observer.settled(claim, PATIENCE).unwrap();
+    assert_eq!((status.ready, status.next), (2, Next::Done));
+
+    let request = LoadRequest { load: LoadId(1), claim, first_chunk: 0, chunks: 2 };
+    pair.decode.agent.load(request, vec![blocks.clone()]).unwrap();
+    assert!(pair.decode.agent.wait(PATIENCE));
+    let mut loaded = Vec::new();
+    pair.decode.agent.poll(&mut loaded);
+    assert_eq!(loaded[0].result, Ok(()));
+    assert!(pair.decode.holds(&prompt, &blocks));
+
+    pair.decode.agent.close().unwrap();
+    assert!(!pair.decode.agent.wait(PATIENCE), "a closed agent keeps nobody waiting");
 }
 
 #[test]

@@ -115,21 +115,21 @@ class Agent:
         *,
         role: str,
         layout: Layout,
-        name: str,
-        listen: str | None,
-        peers: Sequence[str],
-        socket_dir: str | None,
-        buffer_size: int,
-        gc: bool,
-        gc_policy: str,
-        high_watermark: float,
-        low_watermark: float,
-        unclaimed_ttl: float,
-        load_timeout: float,
-        hold_timeout: float,
-        lease: float,
-        allow_insecure: bool,
-        require_path: str | None,
+        name: str = ...,
+        listen: str | None = None,
+        peers: Sequence[str] = ...,
+        socket_dir: str | None = None,
+        buffer_size: int = ...,
+        gc: bool = True,
+        gc_policy: str = "drop",
+        high_watermark: float = 0.9,
+        low_watermark: float = 0.7,
+        unclaimed_ttl: float = 60.0,
+        load_timeout: float = 30.0,
+        hold_timeout: float = 30.0,
+        lease: float = 10.0,
+        allow_insecure: bool = False,
+        require_path: str | None = None,
     ) -> Self:
         """`role`: "producer", "consumer" or "both". `listen` and `peers`: "host:port" or
         "unix:/path". `gc_policy`: "drop" (after retrieve) or "keep". Times are seconds."""
@@ -163,6 +163,11 @@ class Agent:
         `load_timeout`; when it raised, never."""
     def poll(self) -> list[Loaded]:
         """The loads that ended since the last call. Nothing is written to their blocks any more."""
+    def wait(self, seconds: float) -> bool:
+        """Blocks until `poll` has something to tell; False when time was up."""
+    def wait_connected(self, seconds: float) -> bool:
+        """Blocks until all `peers` are connected; False when time was up. What a producer offers
+        before then goes to those that are."""
     def stats(self) -> dict[str, int | float | str]: ...
     def close(self) -> None:
         """Ends the thread. When it returns, no engine memory is read or written any more; when it
@@ -192,6 +197,10 @@ class Observer:
         coming, and what holds up the first that is not ready: "done", "asking", "writing",
         "stalled" (loading what is ready makes room), "missing", "lost", "no-producer", or
         "waiting" (not all ranks answered yet). Local, does not block."""
+    def settled(self, claim: int, seconds: float) -> tuple[int, int, str] | None:
+        """Blocks until all of the claim is ready, or stalled or lost, and returns its status then
+        or when time is up; None if some rank has not answered even then. What nobody has offered
+        yet is waited for as well."""
     def release(self, claim: int, keep_from: int = 0, keep_to: int = 0) -> None:
         """Unpins all but the chunks [keep_from, keep_to). Releasing what is gone does nothing."""
     def pushed(self) -> list[tuple[int, list[int]]]:

@@ -8,7 +8,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::{Offer, Producer, ProducerAction, Push, Timer};
-use crate::{BlockId, LinkId, OfferId, PostId, Time};
+use crate::layout::KvLayout;
+use crate::{BlockId, ErrorKind, LinkId, OfferId, PostId, Result, Time};
 
 /// Chunks that a step of the engine completes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,6 +20,39 @@ pub struct PushRange {
     pub first_chunk: u32,
     /// For each chunk: the engine's blocks by group, [`NO_BLOCK`](crate::NO_BLOCK) where it has none.
     pub blocks: Vec<Arc<[Vec<BlockId>]>>,
+}
+
+impl PushRange {
+    /// The chunks from `first_chunk` on whose blocks are in `tables`: for each group, the blocks of all those
+    /// chunks, as an engine keeps them. Only the last chunk may be short.
+    ///
+    /// # Errors
+    /// [`ErrorKind::Config`]: not one table a group, or tables of different numbers of chunks.
+    pub fn new<T: AsRef<[BlockId]>>(
+        layout: &KvLayout,
+        offer: OfferId,
+        first_chunk: u32,
+        tables: &[T],
+    ) -> Result<Self> {
+        let bad = |about: String| Err(ErrorKind::Config.error(about));
+        if tables.len() != layout.groups.len() {
+            return bad(format!("{} block tables, {} groups", tables.len(), layout.groups.len()));
+        }
+        let mut chunks: Vec<Vec<Vec<BlockId>>> = Vec::new();
+        for (at, (table, group)) in tables.iter().zip(&layout.groups).enumerate() {
+            let parts = table.as_ref().chunks((layout.chunk_tokens / group.block_tokens) as usize);
+            if at == 0 {
+                chunks.resize_with(parts.len(), || Vec::with_capacity(tables.len()));
+            } else if parts.len() != chunks.len() {
+                let (parts, first) = (parts.len(), chunks.len());
+                return bad(format!(
+                    "blocks of {parts} chunks in group {at}, of {first} in group 0"
+                ));
+            }
+            chunks.iter_mut().zip(parts).for_each(|(chunk, part)| chunk.push(part.to_vec()));
+        }
+        Ok(Self { offer, first_chunk, blocks: chunks.into_iter().map(Into::into).collect() })
+    }
 }
 
 /// Where a chunk can be read.
