@@ -1,4 +1,4 @@
-"""One offline vLLM engine in a process of its own, driven by JSON lines.
+"""Offline vLLM engines, each in a process of its own, driven by JSON lines.
 
 Scheduler half and worker half of a connector live in this one process
 (`VLLM_ENABLE_V1_MULTIPROCESSING=0`), so a test can look at both. The parent is `harness.py`;
@@ -9,9 +9,11 @@ Whatever vLLM prints goes to the log (stderr); the answers go to the pipe that w
 
 import json
 import os
+import socket
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 
@@ -30,10 +32,12 @@ class Engine:
             kv_transfer_config=KVTransferConfig(**transfer) if transfer else None,
             **config,
         )
-        self.engine = self.llm.llm_engine
+        self.engine: Any = self.llm.llm_engine
         # Typed as the client's interface; in one process it is the core itself.
         self.core: Any = self.engine.engine_core.engine_core
         self.scheduler: Any = self.core.scheduler
+        self.budget = int(self.scheduler.max_num_scheduled_tokens)
+        self.last_alone = False
         self.steps = 0
         self.outputs: dict[str, dict[str, Any]] = {}
         self.serial = 0
@@ -41,20 +45,49 @@ class Engine:
     # Requests
 
     def ask(
-        self, prompts: list[list[int]], max_tokens: int, seconds: float, params: Any = None
+        self, prompts: list[list[int]], max_tokens: int, seconds: float, last_alone: bool = False
     ) -> dict[str, Any]:
-        """Runs prompts together from the first step on, to their end and the engine's rest."""
-        ids = [self.submit(prompt, max_tokens, params) for prompt in prompts]
+        """Runs prompts together, from the same first step on, until all are answered.
+
+        `last_alone`: the last token of a prompt is computed in a step of its own.
+        """
+        requests = [self.submit(prompt, max_tokens) for prompt in prompts]
+        self.last_alone = last_alone
+        try:
+            return self.answers(requests, seconds)
+        finally:
+            self.last_alone = False
+
+    def answers(self, requests: list[str], seconds: float) -> dict[str, Any]:
+        """Steps until these requests are answered."""
         began, cpu, steps = time.monotonic(), time.process_time(), self.steps
-        self.run(seconds)
+        self._step_while(lambda: any(not self.outputs[r]["finished"] for r in requests), seconds)
         return {
-            "answers": [self.outputs.pop(i) for i in ids],
+            "answers": [self.outputs.pop(r) for r in requests],
             "steps": self.steps - steps,
             "seconds": time.monotonic() - began,
             "cpu_seconds": time.process_time() - cpu,
         }
 
-    def submit(self, prompt: list[int], max_tokens: int, params: Any = None) -> str:
+    def rest(self, seconds: float) -> None:
+        """Steps as the server's loop does, until the engine would go to sleep.
+
+        That is later than the last answer: delayed frees and pending pushes keep it awake.
+        """
+        self._step_while(self.scheduler.has_requests, seconds)
+
+    def ask_each(
+        self, prompts: list[list[int]], max_tokens: int, seconds: float, last_alone: bool
+    ) -> list[list[int]]:
+        """Runs prompts one by one, each as if it were the first."""
+        answers = []
+        for prompt in prompts:
+            assert self.reset_prefix_cache()
+            run = self.ask([prompt], max_tokens, seconds, last_alone)
+            answers.append(run["answers"][0]["tokens"])
+        return answers
+
+    def submit(self, prompt: list[int], max_tokens: int) -> str:
         """Adds a request without stepping; its id."""
         from vllm import SamplingParams
 
@@ -65,27 +98,23 @@ class Engine:
             max_tokens=max_tokens,
             ignore_eos=True,
             detokenize=False,
-            extra_args={"kv_transfer_params": params} if params else None,
         )
         self.outputs[request_id] = {"tokens": [], "finished": None}
         self.engine.add_request(request_id, {"prompt_token_ids": prompt}, sampling)
         return request_id
 
-    def run(self, seconds: float) -> None:
-        """Steps as the server's loop does, until the engine would go to sleep.
-
-        That is later than the last answer: delayed frees and pending pushes keep it awake.
-        """
+    def _step_while(self, condition: Callable[[], bool], seconds: float) -> None:
         deadline = time.monotonic() + seconds
-        while self.scheduler.has_requests():
+        while condition():
             if time.monotonic() > deadline:
-                raise TimeoutError(f"not at rest after {seconds} s: {self.stats()}")
+                raise TimeoutError(f"still busy after {seconds} s: {self.stats()}")
             self.step()
 
     def step(self, count: int = 1) -> None:
         """`count` engine steps, whether there is anything to do or not."""
         for _ in range(count):
             self.steps += 1
+            self.scheduler.max_num_scheduled_tokens = self._budget()
             scheduled = self._computed()
             for output in self.engine.step():
                 known = self.outputs[output.request_id]
@@ -96,12 +125,18 @@ class Engine:
             if self._computed() == scheduled and self.scheduler.has_requests():
                 time.sleep(0.001)
 
-    def _computed(self) -> int:
-        return sum(r.num_computed_tokens for r in self.scheduler.requests.values())
+    def _budget(self) -> int:
+        """Tokens the next step may compute."""
+        left = [r.num_prompt_tokens - r.num_computed_tokens for r in self._requests()]
+        if self.last_alone and any(n > 1 for n in left):
+            return int(min(self.budget, max(left) - 1))
+        return self.budget
 
-    def result(self, request: str) -> dict[str, Any]:
-        """What a submitted request has so far."""
-        return self.outputs[request]
+    def _requests(self) -> list[Any]:
+        return list(self.scheduler.requests.values())
+
+    def _computed(self) -> int:
+        return sum(r.num_computed_tokens for r in self._requests())
 
     def abort(self, request: str) -> None:
         """Aborts a submitted request, as a client that hangs up does."""
@@ -142,8 +177,8 @@ class Engine:
 
     def _connector_stats(self) -> dict[str, Any] | None:
         connector = self._connector()
-        read = getattr(connector, "agent_stats", None)
-        return dict(read()) if read is not None else None
+        worker = getattr(connector, "_worker", None)
+        return dict(worker._agent.stats()) if worker is not None else None
 
     # Hooks
 
@@ -192,21 +227,23 @@ class Engine:
         connector.save_kv_layer, connector.wait_for_save = save_perturbed, finish_perturbed
 
 
-def main() -> None:
+def run() -> None:
+    """One engine, from its first line to the end of its pipe."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
+    commands = os.fdopen(os.dup(0))
 
     def answer(**what: Any) -> None:
         answers.write(json.dumps(what) + "\n")
 
     try:
-        engine = Engine(json.loads(sys.stdin.readline()))
+        engine = Engine(json.loads(commands.readline()))
     except Exception as error:
         traceback.print_exc()
         answer(error=f"{type(error).__name__}: {error}")
-        sys.exit(1)
+        return
     answer(ok=engine.stats())
-    for line in sys.stdin:
+    for line in commands:
         request = json.loads(line)
         try:
             answer(ok=getattr(engine, request["call"])(**request["args"]))
@@ -217,5 +254,38 @@ def main() -> None:
     engine.core.shutdown()
 
 
+def nursery(orders: socket.socket) -> None:
+    """Imports vLLM once and forks an engine for each order.
+
+    An order is the JSON of its environment, with its stdin, stdout and log as descriptors; the
+    answer is its process id. vLLM forks its workers the same way.
+    """
+    import vllm.model_executor.models.llama
+    import vllm.v1.engine.llm_engine
+    import vllm.v1.worker.cpu_worker  # noqa: F401
+
+    while True:
+        order, pipes, _, _ = socket.recv_fds(orders, 1 << 16, 3)
+        if not order:
+            return
+        pid = os.fork()
+        if pid == 0:
+            break
+        for pipe in pipes:
+            os.close(pipe)
+        # Never waited for: as a zombie it keeps its id, so that a late signal hits nobody else.
+        orders.sendall(str(pid).encode())
+    orders.close()
+    for number, pipe in enumerate(pipes):
+        os.dup2(pipe, number)
+        os.close(pipe)
+    os.environ.update(json.loads(order))
+    run()
+
+
 if __name__ == "__main__":
-    main()
+    nursery(socket.socket(fileno=int(sys.argv[1])))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Python's own end takes seconds with everything that vLLM imports, and tests nothing of ours.
+    os._exit(0)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,10 @@ class Config:
     max_tokens_per_step: int = 1024
     environment: dict[str, str] = field(default_factory=dict)
 
+    def alone(self) -> "Config":
+        """The same engine without a connector."""
+        return replace(self, role=None, extra={})
+
     def as_json(self) -> dict[str, Any]:
         transfer: dict[str, Any] | None = None
         if self.role is not None:
@@ -109,63 +113,98 @@ def environment(cache: Path) -> dict[str, str]:
     }
 
 
-class Engine:
-    """One engine. `start` returns before it is up, so several can start together."""
+class Nursery:
+    """The process that engines are forked from, so that vLLM is imported once."""
 
-    def __init__(self, name: str, config: Config) -> None:
+    def __init__(self) -> None:
+        self._orders, theirs = socket.socketpair()
+        LOGS.mkdir(parents=True, exist_ok=True)
+        with theirs, (LOGS / "nursery.log").open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, str(CHILD), str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=os.environ | environment(TREE / "target" / "cache"),
+                pass_fds=[theirs.fileno()],
+            )
+        self._orders.settimeout(START_SECONDS)
+
+    def fork(self, changes: dict[str, str], pipes: list[int]) -> int:
+        """Starts an engine on these descriptors; its process id."""
+        socket.send_fds(self._orders, [json.dumps(changes).encode()], pipes)
+        pid = self._orders.recv(64)
+        if not pid:
+            raise EngineFailed(f"the nursery ended; see {LOGS / 'nursery.log'}")
+        return int(pid)
+
+    def end(self) -> None:
+        self._orders.close()
+        self._process.wait(STOP_SECONDS)
+
+
+class Engine:
+    """One engine. Made, it is not up yet, so several can start together."""
+
+    def __init__(self, nursery: Nursery, name: str, config: Config) -> None:
         self.name = name
         self.config = config
-        LOGS.mkdir(parents=True, exist_ok=True)
         self.log = LOGS / f"{name}.log"
+        self.baseline: dict[str, Any] = {}
         self._unread = b""
         self._waiting: str | None = "start"
-        self.baseline: dict[str, Any] = {}
+        commands, self._commands = os.pipe()
+        self._answers, answers = os.pipe()
         with self.log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, str(CHILD)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env=os.environ | environment(TREE / "target" / "cache") | config.environment,
-            )
+            self.pid = nursery.fork(config.environment, [commands, answers, log.fileno()])
+        os.close(commands)
+        os.close(answers)
+        self._handle = os.pidfd_open(self.pid)
         self._send(config.as_json())
 
     # Life
 
     def ready(self, seconds: float = START_SECONDS) -> "Engine":
         """Waits until the engine is up; its first `stats` become the baseline."""
-        self.baseline = self.finish(seconds)
+        try:
+            self.baseline = self.finish(seconds)
+        except EngineFailed:
+            self.kill()
+            raise
         return self
 
     @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    @property
     def alive(self) -> bool:
-        return self._process.poll() is None
+        return not self._ended(0)
+
+    def _ended(self, seconds: float) -> bool:
+        return bool(select.select([self._handle], [], [], seconds)[0])
+
+    def signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._handle, number)
 
     def kill(self) -> None:
         """SIGKILL, and wait until it is gone: nothing of it gets to run any more."""
-        self._process.kill()
-        self._process.wait(STOP_SECONDS)
+        self.signal(signal.SIGKILL)
+        assert self._ended(STOP_SECONDS), f"{self.name} survives SIGKILL"
 
-    def signal(self, number: signal.Signals) -> None:
-        self._process.send_signal(number)
+    def ask_to_end(self) -> None:
+        """The engine ends in an orderly way when its pipe is closed."""
+        if self._commands >= 0:
+            os.close(self._commands)
+            self._commands = -1
 
     def stop(self) -> None:
-        """The orderly end; SIGKILL when that takes too long."""
-        if self.alive and self._process.stdin is not None:
-            with contextlib.suppress(BrokenPipeError):
-                self._process.stdin.close()
-            try:
-                self._process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                self.kill()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(BrokenPipeError):
-                    pipe.close()
+        """The orderly end; SIGKILL when that takes too long. May be called again."""
+        if self._handle < 0:
+            return
+        self.ask_to_end()
+        if not self._ended(STOP_SECONDS):
+            self.kill()
+        os.close(self._answers)
+        os.close(self._handle)
+        self._handle = -1
 
     # Calls
 
@@ -190,24 +229,51 @@ class Engine:
         self.start(name, **args)
         return self.finish(seconds)
 
-    def start_ask(
-        self, prompts: list[list[int]], max_tokens: int, seconds: float = CALL_SECONDS
-    ) -> None:
+    def ask(
+        self,
+        prompts: list[list[int]],
+        max_tokens: int,
+        seconds: float = CALL_SECONDS,
+        last_alone: bool = False,
+    ) -> Run:
+        """Runs prompts together, from the same first step on, until all are answered.
+
+        `last_alone`: the last token of a prompt is computed in a step of its own.
+        """
         # The engine gives up first, and can say in which state.
-        self.start("ask", prompts=prompts, max_tokens=max_tokens, seconds=seconds - 5)
+        args = {"prompts": prompts, "max_tokens": max_tokens, "last_alone": last_alone}
+        self.start("ask", **args, seconds=seconds - 5)
+        return self._run(seconds)
 
-    def finish_ask(self, seconds: float = CALL_SECONDS) -> Run:
-        got = self.finish(seconds)
-        return Run(**(got | {"answers": [Answer(**one) for one in got["answers"]]}))
+    def submit(self, prompt: list[int], max_tokens: int) -> str:
+        """Adds a request and takes one step; its id is for `answers`."""
+        request: str = self.call("submit", prompt=prompt, max_tokens=max_tokens)
+        self.call("step")
+        return request
 
-    def ask(self, prompts: list[list[int]], max_tokens: int, seconds: float = CALL_SECONDS) -> Run:
-        """Runs prompts together, from the same first step on, until the engine is at rest."""
-        self.start_ask(prompts, max_tokens, seconds)
-        return self.finish_ask(seconds)
+    def answers(self, requests: list[str], seconds: float = CALL_SECONDS) -> Run:
+        """Until submitted requests are answered."""
+        self.start("answers", requests=requests, seconds=seconds - 5)
+        return self._run(seconds)
 
-    def one(self, prompt: list[int], max_tokens: int, seconds: float = CALL_SECONDS) -> list[int]:
+    def start_rest(self, seconds: float = CALL_SECONDS) -> None:
+        self.start("rest", seconds=seconds - 5)
+
+    def rest(self, seconds: float = CALL_SECONDS) -> None:
+        """Until the engine would go to sleep: no delayed free, no push is pending."""
+        self.start_rest(seconds)
+        self.finish(seconds)
+
+    def one(
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        seconds: float = CALL_SECONDS,
+        last_alone: bool = False,
+    ) -> list[int]:
         """The tokens one prompt gets; an error when it got none."""
-        (answer,) = self.ask([prompt], max_tokens, seconds).answers
+        (answer,) = self.ask([prompt], max_tokens, seconds, last_alone).answers
+        self.rest(seconds)
         if answer.finished != "length":
             raise self._failed(f"the request ended with {answer.finished!r}")
         return answer.tokens
@@ -222,27 +288,28 @@ class Engine:
 
     # Plumbing
 
+    def _run(self, seconds: float) -> Run:
+        got = self.finish(seconds)
+        return Run(**(got | {"answers": [Answer(**one) for one in got["answers"]]}))
+
     def _send(self, message: dict[str, Any]) -> None:
-        assert self._process.stdin is not None
+        left = json.dumps(message).encode() + b"\n"
         try:
-            self._process.stdin.write(json.dumps(message).encode() + b"\n")
-            self._process.stdin.flush()
+            while left:
+                left = left[os.write(self._commands, left) :]
         except BrokenPipeError:
             raise self._failed("is gone") from None
 
     def _line(self, seconds: float) -> bytes:
-        assert self._process.stdout is not None
-        pipe = self._process.stdout.fileno()
         deadline = time.monotonic() + seconds
         while b"\n" not in self._unread:
             left = deadline - time.monotonic()
-            if left <= 0 or not select.select([pipe], [], [], left)[0]:
+            if left <= 0 or not select.select([self._answers], [], [], left)[0]:
                 self.kill()
                 raise self._failed(f"`{self._waiting}` took more than {seconds:.0f} s; killed")
-            piece = os.read(pipe, 1 << 16)
+            piece = os.read(self._answers, 1 << 16)
             if not piece:
-                code = self._process.wait(STOP_SECONDS)
-                raise self._failed(f"ended with {code} during `{self._waiting}`")
+                raise self._failed(f"ended during `{self._waiting}`")
             self._unread += piece
         line, self._unread = self._unread.split(b"\n", 1)
         return line
@@ -254,25 +321,24 @@ class Engine:
 
 
 class Fleet:
-    """The engines of a test or of a module; ends them all."""
+    """Engines that end together."""
 
     def __init__(self) -> None:
         self.engines: list[Engine] = []
+        self._nursery = Nursery()
 
     def launch(self, name: str, config: Config) -> Engine:
         """Starts an engine and returns at once."""
-        engine = Engine(name, config)
+        engine = Engine(self._nursery, name, config)
         self.engines.append(engine)
         return engine
 
-    def start(self, **configs: Config) -> list[Engine]:
-        """Starts engines side by side and returns when all are up."""
-        engines = [self.launch(name, config) for name, config in configs.items()]
-        return [engine.ready() for engine in engines]
-
     def end(self) -> None:
         for engine in self.engines:
+            engine.ask_to_end()
+        for engine in self.engines:
             engine.stop()
+        self._nursery.end()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,1 @@
+"""Real vLLM engines for the end-to-end tests."""
