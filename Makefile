@@ -47,7 +47,7 @@ rust: ## formatting, clippy, Rust tests and doc tests
 
 python: ## the wheel, ruff, mypy, the stubs against the binary, and the Python tests without engines
 	@$(call say,python: the environment and the wheel)
-	python=$$(env/install)
+	python=$$(env/install --faults)
 	$(call say,python: ruff)
 	"$(TOOLS)/ruff" format --check $(PYTHON_CODE)
 	"$(TOOLS)/ruff" check $(PYTHON_CODE)
@@ -68,7 +68,7 @@ examples: ## the examples of the README, in Rust and in Python
 
 e2e: ## two real vLLM engines on a real and on a tiny model, faults included
 	@$(call say,e2e: the environment and the wheel)
-	python=$$(env/install)
+	python=$$(env/install --faults)
 	$(call say,e2e: two real engines; their logs are in target/logs)
 	"$$python" -m pytest -c kvxfer-py/pyproject.toml kvxfer-py/tests/e2e --durations 15 -v
 

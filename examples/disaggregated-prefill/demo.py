@@ -26,6 +26,11 @@ from servers import TREE, Server, ServerFailed, ended_afterwards, free_port, wai
 HERE = Path(__file__).parent
 REPORT = TREE / "target" / "reports" / "demo.json"
 MODEL = "smollm2-135m"
+# Not bfloat16, because the two completions are to be equal whatever the prompt. The decode server
+# computes the last prompt token alone, and in bfloat16 vLLM's product of one row rounds otherwise
+# than the same row among others: of 12 prompts, 6 went another way within 40 tokens. In float32
+# none did.
+DTYPE, DTYPE_BYTES = "float32", 4
 BLOCK_TOKENS = 128
 MAX_PROMPT = 4096
 ANSWER_SECONDS = 600.0
@@ -53,8 +58,11 @@ and then a line stands out. One keeper wrote that geese had flown into the lante
 broken nine panes, and that he and his daughter held blankets against the gap until morning so \
 that the lamp would not go out.
 
-Today the lamps are electric and the keepers are gone. Ships find their way by satellites, and \
-one might ask what the towers are still for. The answer that sailors give is"""
+Today the lamps are electric and the keepers are gone, and ships find their way by satellites.
+
+The three inventions that changed the lighthouse were:
+
+1."""
 
 
 @dataclass
@@ -118,11 +126,11 @@ def prompt_tokens_by_source(decode: str) -> dict[str, int]:
 
 
 def kv_bytes(model: Path, tokens: int) -> int:
-    """Bytes of the KV blocks of so many tokens in bfloat16; blocks go whole."""
+    """Bytes of the KV blocks of so many tokens; blocks go whole."""
     config = json.loads((model / "config.json").read_text())
     heads = config["num_key_value_heads"]
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    per_token = config["num_hidden_layers"] * 2 * heads * head * 2
+    per_token = config["num_hidden_layers"] * 2 * heads * head * DTYPE_BYTES
     blocks = -(-tokens // BLOCK_TOKENS) if tokens > 1 else 0
     return int(blocks * BLOCK_TOKENS * per_token)
 
@@ -150,7 +158,7 @@ def engine(name: str, role: str, model: Path, peer_port: int, connector: str) ->
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", str(model), "--served-model-name", MODEL),
         *("--host", "127.0.0.1", "--port", str(port)),
-        *("--dtype", "bfloat16", "--enforce-eager", "--block-size", str(BLOCK_TOKENS)),
+        *("--dtype", DTYPE, "--enforce-eager", "--block-size", str(BLOCK_TOKENS)),
         *("--max-model-len", str(MAX_PROMPT), "--max-num-batched-tokens", str(MAX_PROMPT)),
         *("--max-num-seqs", "8"),
         # The reference must be computed, not remembered from the request before it.
@@ -260,7 +268,7 @@ def run(options: argparse.Namespace) -> int:
         "temperature": 0,
     }
     with ended_afterwards() as servers:
-        say("starting a prefill server and a decode server (vLLM, SmolLM2-135M, bfloat16)")
+        say(f"starting a prefill server and a decode server (vLLM, SmolLM2-135M, {DTYPE})")
         peer_port = free_port()
         for name, role in (("prefill", "kv_producer"), ("decode", "kv_consumer")):
             servers.append(engine(name, role, Path(model), peer_port, options.connector))

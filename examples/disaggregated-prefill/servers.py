@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -16,7 +17,7 @@ from pathlib import Path
 TREE = Path(__file__).resolve().parents[2]
 LOGS = TREE / "target" / "logs"
 START_SECONDS = 300.0
-STOP_SECONDS = 15.0
+STOP_SECONDS = 10.0
 POLL_SECONDS = 0.5
 TAIL_LINES = 40
 
@@ -105,19 +106,23 @@ class Server:
         advice = remedies[0] if remedies else "the log above usually says why"
         tail = "\n".join(text.splitlines()[-TAIL_LINES:])
         where = self.log.relative_to(TREE)
+        # What comes after the first error is mostly other processes' grief about it.
+        errors = re.findall(r"^(?:\(.+\) ERROR .+\] *)?((?:\w+\.)*\w+Error: .+)$", text, re.M)
+        first = f"\nThe first error: {errors[0]}" if errors else ""
         return ServerFailed(
             f"--- end of {where} ---\n{tail}\n---\n"
-            f"The {self.name} server {what}.\nWhat to do: {advice}. The whole log: {where}"
+            f"The {self.name} server {what}.{first}\n"
+            f"What to do: {advice}.\nThe whole log: {where}"
         )
 
     def ask_to_end(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             self._process.terminate()
 
-    def end(self) -> None:
+    def end(self, deadline: float) -> None:
         """Waits for the orderly end, then kills what is left of the group."""
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(STOP_SECONDS)
+            self._process.wait(max(0.0, deadline - time.monotonic()))
         # The group outlives its leader while an engine process still runs in it.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -141,8 +146,10 @@ def ended_afterwards() -> Iterator[list[Server]]:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         for server in servers:
             server.ask_to_end()
+        # One deadline for all: while it starts, vLLM is deaf to SIGTERM.
+        deadline = time.monotonic() + STOP_SECONDS
         for server in servers:
-            server.end()
+            server.end(deadline)
 
 
 def wait_for(servers: Sequence[Server]) -> None:
