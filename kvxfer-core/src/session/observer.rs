@@ -187,6 +187,7 @@ impl Observer {
                 ranks[rank] = Some(status);
                 Ok(true)
             }
+            Message::Ended { claim } => Ok(self.claims.contains_key(&claim)),
             Message::Pushed { offer, chunks } => {
                 let Some(ranks) = self.offers.get(&offer) else { return Ok(false) };
                 let count = ranks[rank].as_ref().map_or(0, Vec::len);

@@ -87,7 +87,8 @@ pub fn check(message: &Message) -> Result<(), Error> {
         | Message::Revoke { .. }
         | Message::Ask { .. }
         | Message::Claimed { .. }
-        | Message::Release { .. } => Ok(()),
+        | Message::Release { .. }
+        | Message::Ended { .. } => Ok(()),
     }
 }
 

@@ -284,4 +284,9 @@ pub enum Message {
         /// Indices into it.
         chunks: Vec<u32>,
     },
+    /// The load of a claim ended, and the claim with it: the agent has the outcome.
+    Ended {
+        /// The claim.
+        claim: ClaimId,
+    },
 }

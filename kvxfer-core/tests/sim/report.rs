@@ -129,5 +129,6 @@ pub(crate) fn name(message: &Message) -> &'static str {
         Message::Claimed { .. } => "Claimed",
         Message::Release { .. } => "Release",
         Message::Pushed { .. } => "Pushed",
+        Message::Ended { .. } => "Ended",
     }
 }

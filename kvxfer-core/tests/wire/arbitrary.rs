@@ -81,7 +81,7 @@ pub(crate) fn message() -> impl Strategy<Value = Message> {
     ];
     let numbers = any::<(u64, u32, u32, bool)>();
     (
-        0..25u8,
+        0..26u8,
         numbers,
         text(),
         vec(any::<u32>(), 0..6),
@@ -133,7 +133,8 @@ pub(crate) fn message() -> impl Strategy<Value = Message> {
                         status: ClaimStatus { ready: low, coming: high, next },
                     },
                     23 => Message::Release { claim, keep_from: low, keep_to: high },
-                    _ => Message::Pushed { offer, chunks: indices },
+                    24 => Message::Pushed { offer, chunks: indices },
+                    _ => Message::Ended { claim },
                 }
             },
         )

@@ -76,6 +76,7 @@ pub(crate) fn messages() -> Vec<Message> {
         Message::Claimed { claim, status },
         Message::Release { claim, keep_from: 0, keep_to: 1 },
         Message::Pushed { offer, chunks: vec![0, 1] },
+        Message::Ended { claim },
     ]
 }
 
@@ -90,6 +91,6 @@ pub(crate) fn name(message: &Message) -> (u8, &'static str) {
     names! {
         0 Ping 1 Bye 2 Attach 3 Offer 4 Withdraw 5 Commit 6 Abort 7 FenceAck 8 Renew 9 Told 10 Retired
         11 Segment 12 Retire 13 Granted 14 Have 15 Pending 16 Busy 17 Refused 18 CommitAck 19 Revoke
-        20 Ask 21 Claim 22 Claimed 23 Release 24 Pushed
+        20 Ask 21 Claim 22 Claimed 23 Release 24 Pushed 25 Ended
     }
 }

@@ -381,6 +381,10 @@ impl Consumer {
     fn end_claim(&mut self, now: Time, id: ClaimId) {
         if let Some(claim) = self.claims.get_mut(&id) {
             claim.load = None;
+            let link = claim.link;
+            if self.links.contains_key(&link) {
+                self.send(link, Message::Ended { claim: id });
+            }
         }
         self.drop_claim(now, id);
     }
