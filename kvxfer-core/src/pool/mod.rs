@@ -189,10 +189,13 @@ impl Pool {
 
     /// Whether these pieces could be granted to `writer` now.
     pub fn fits(&self, writer: Incarnation, pieces: &[(u16, u32)]) -> bool {
+        total(pieces) <= u64::from(self.free_for(writer))
+    }
+
+    /// Free pages that `writer` could be granted: its own and nobody's.
+    pub fn free_for(&self, writer: Incarnation) -> u32 {
         let open = |segment: &&Segment| segment.writer.is_none_or(|owner| owner == writer);
-        let free: u64 =
-            self.segments.iter().filter(open).map(|segment| u64::from(segment.free)).sum();
-        total(pieces) <= free
+        self.segments.iter().filter(open).map(|segment| segment.free).sum()
     }
 
     /// Granted pages were written whole.

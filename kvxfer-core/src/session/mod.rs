@@ -7,6 +7,10 @@
 
 mod consumer;
 mod observer;
+#[cfg(not(kvxfer_planted))]
+mod planted;
+#[cfg(kvxfer_planted)]
+pub mod planted;
 mod producer;
 mod timers;
 

@@ -128,6 +128,39 @@ fn replay() {
     result.expect("the seed holds");
 }
 
+/// Each bug is found, and soon. For `make sim`, which builds with the bugs in.
+#[cfg(kvxfer_planted)]
+#[test]
+fn planted() {
+    use kvxfer_core::session::planted::{Bug, plant};
+    let bugs = [
+        Bug::DeadlineFrees,
+        Bug::EofFences,
+        Bug::LateCommitIndexed,
+        Bug::MatchWithoutPin,
+        Bug::DropIgnoresExpected,
+        Bug::FenceAckEarly,
+        Bug::ReplaceFreesOthers,
+    ];
+    let mut lines = Vec::new();
+    for bug in bugs {
+        plant(Some(bug));
+        let found = (1..=SEEDS_TO_FIND).find_map(|seed| Some((seed, run(seed, false).1.err()?)));
+        plant(None);
+        let (seeds, what) =
+            found.unwrap_or_else(|| panic!("{bug:?}: not in {SEEDS_TO_FIND} seeds"));
+        println!("{bug:?}: found with seed {seeds}: {what}");
+        lines.push(format!("\"{bug:?}\": {seeds}"));
+    }
+    if let Ok(path) = std::env::var("KVXFER_SIM_PLANTED") {
+        std::fs::write(path, format!("{{{}}}", lines.join(", "))).expect("the report is written");
+    }
+}
+
+/// A planted bug that so many seeds do not show is not found.
+#[cfg(kvxfer_planted)]
+const SEEDS_TO_FIND: u64 = 1000;
+
 /// For `make sim`: new seeds for so long.
 #[test]
 #[ignore = "runs for as long as KVXFER_SIM_SECONDS says"]
@@ -144,8 +177,12 @@ fn timed() {
     println!("{ran} seeds in {took:.1} s: {} operations, {rate:.0} a second", counts.operations);
     println!("violations: {}", failed.len());
     let seeds: Vec<String> = failed.iter().map(|(seed, _)| seed.to_string()).collect();
+    // By bug, the seeds it took.
+    let planted = std::env::var("KVXFER_SIM_PLANTED").ok();
+    let planted = planted.and_then(|path| std::fs::read_to_string(path).ok());
+    let planted = planted.unwrap_or_else(|| "{}".into());
     let report = format!(
-        "{{\n  \"operations\": {},\n  \"violations\": {},\n  \"seeds\": {ran},\n  \"ops_per_second\": {rate:.0},\n  \"requests\": {},\n  \"failed_seeds\": [{}],\n  \"transitions\": {}\n}}\n",
+        "{{\n  \"operations\": {},\n  \"violations\": {},\n  \"seeds\": {ran},\n  \"ops_per_second\": {rate:.0},\n  \"requests\": {},\n  \"failed_seeds\": [{}],\n  \"planted_bugs_found\": {planted},\n  \"transitions\": {}\n}}\n",
         counts.operations,
         failed.len(),
         counts.requests,

@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::{Consumer, ConsumerAction, LinkKind, Phase, Timer};
+use crate::session::planted::{Bug, planted};
 use crate::session::protocol;
 use crate::wire::Message;
 use crate::wire::message::{Chunk, ClaimStatus, Next};
@@ -127,7 +128,9 @@ impl Consumer {
                 entry.claimed += 1;
                 let hold = match entry.committed {
                     Some(grant) => {
-                        self.collector.pin(grant);
+                        if !planted(Bug::MatchWithoutPin) {
+                            self.collector.pin(grant);
+                        }
                         Hold::Pinned(grant)
                     }
                     None => {

@@ -9,6 +9,8 @@ use std::sync::Arc;
 
 use super::reclaim::Then;
 use super::{Consumer, ConsumerAction, Entry, Grant, LinkKind, Phase, Timer};
+use crate::pool::PageState;
+use crate::session::planted::{Bug, planted};
 use crate::session::protocol;
 use crate::wire::Message;
 use crate::wire::message::{Chunk, CommitOutcome, Granted};
@@ -131,6 +133,7 @@ impl Consumer {
         entry.promised += 1;
         if let Some(grant) = entry.committed
             && entry.promised > entry.claimed
+            && !planted(Bug::DropIgnoresExpected)
         {
             self.collector.expect(grant, now + self.config.gc.unclaimed_ttl);
         }
@@ -343,14 +346,19 @@ impl Consumer {
     ) -> std::result::Result<Granted, bool> {
         let number = GrantId(self.next_number);
         let pieces: Vec<_> = self.config.layout.chunk_pieces(tokens).collect();
-        let pages = pieces.iter().map(|&(_, pages)| pages).sum();
+        let pages: u32 = pieces.iter().map(|&(_, pages)| pages).sum();
         let mut extents = Vec::with_capacity(pieces.len());
-        if let Err(full) = self.pool.grant(peer, number, &pieces, &mut extents) {
-            if full.never_fits || self.collect(now, pages) == 0 {
+        while let Err(full) = self.pool.grant(peer, number, &pieces, &mut extents) {
+            // A segment that can change hands is room enough: see `make_room`.
+            if full.never_fits || self.pool.idle_segment(peer).is_some() {
                 return Err(full.never_fits);
             }
+            // What is free in others' segments is no room for this writer. Giving up chunks there makes one idle.
+            let others = self.pool.count(PageState::Free) - self.pool.free_for(peer);
+            if self.collect(now, (pages + others).min(self.pool.pages())) == 0 {
+                return Err(false);
+            }
             extents.clear();
-            self.pool.grant(peer, number, &pieces, &mut extents).map_err(|full| full.never_fits)?;
         }
         self.next_number += 1;
         let deadline = now + self.config.grant_ttl;
@@ -551,6 +559,9 @@ impl Consumer {
             self.end_leave(now, number);
             // It may be back already.
             self.revoke(number);
+            if planted(Bug::EofFences) {
+                self.release_grant(now, number, Then::Lose);
+            }
         }
         for offer in offers {
             let count = self.offers.get(&(link, offer)).map_or(0, |offer| offer.chunks.len());

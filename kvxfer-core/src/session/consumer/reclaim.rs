@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use super::{Consumer, ConsumerAction, Grant, Link, LinkKind, Phase, Timer};
 use crate::pool::PageState;
+use crate::session::planted::{Bug, planted};
 use crate::session::protocol;
 use crate::wire::Message;
 use crate::{ChunkKey, ErrorKind, GrantId, Incarnation, LinkId, Result, SegmentId, Time};
@@ -32,8 +33,14 @@ impl Consumer {
             self.timers.set(deadline, Timer::Grant(number));
             return;
         }
+        if planted(Bug::LateCommitIndexed) {
+            return self.revoke(number);
+        }
         self.end_leave(now, number);
         self.revoke(number);
+        if planted(Bug::DeadlineFrees) {
+            self.release_grant(now, number, Then::Requeue);
+        }
     }
 
     /// Asks the writer of a grant to stop, on whichever link it is reached.
@@ -106,7 +113,7 @@ impl Consumer {
     }
 
     /// Frees a grant whose writer is fenced.
-    fn release_grant(&mut self, now: Time, number: GrantId, then: Then) {
+    pub(super) fn release_grant(&mut self, now: Time, number: GrantId, then: Then) {
         let Some(grant) = self.grants.remove(&number) else { return };
         let freed = self.pool.free(number, &grant.extents);
         debug_assert!(freed.is_ok(), "a fenced page lost its stamp");
@@ -221,7 +228,10 @@ impl Consumer {
         let fenced: Vec<GrantId> = self
             .grants
             .iter()
-            .filter(|(_, grant)| grant.peer == peer && matches!(grant.phase, Phase::Fencing { .. }))
+            .filter(|(_, grant)| {
+                let of = grant.peer == peer || planted(Bug::ReplaceFreesOthers);
+                of && matches!(grant.phase, Phase::Fencing { .. })
+            })
             .map(|(&number, _)| number)
             .collect();
         for number in fenced {
