@@ -29,6 +29,7 @@ def test_a_perturbed_producer_gives_the_perturbed_answer(tiny_pair: Pair) -> Non
 
 def test_poison_that_is_not_overwritten_shows(tiny_reference: Engine) -> None:
     # The same garbage in a cache that nothing is loaded into changes the answer.
+    tiny_reference.settle()
     clean = tiny_reference.one(IDS, NEW)
     assert tiny_reference.one(IDS, NEW) == clean
     tiny_reference.call("fill", value=GARBAGE)

@@ -52,6 +52,9 @@ class Pair:
         """Both engines up as asked, connected and empty. What already fits is kept."""
         prefill = self._with(self._base_prefill, prefill_fault, "recompute")
         decode = self._with(self._base_decode, decode_fault, policy)
+        for engine in (self._prefill, self._decode):
+            if engine is not None and engine.alive:
+                engine.settle()
         started = []
         if not _fits(self._prefill, prefill):
             self._prefill = self._replace(self._prefill, "prefill", prefill)
@@ -129,6 +132,7 @@ class Pair:
         # too; the rows of all others are equal to the bit. In float32 nothing of this shows.
         alone = self.reference.config.dtype == "bfloat16"
         args = {"prompts": prompts, "max_tokens": max_tokens, "last_alone": alone}
+        self.reference.settle()
         self.reference.start("ask_each", **args, seconds=CALL_SECONDS - 5)
         return self.reference.finish
 
