@@ -36,11 +36,12 @@ rust: ## formatting, clippy, Rust tests and doc tests
 	cargo fmt --all --check
 	$(call say,rust: clippy)
 	cargo clippy --workspace --all-targets --locked -- -D warnings
+	cargo clippy --package kvxfer-cuda --all-targets --features faults --locked -- -D warnings
 	$(call say,rust: tests)
 	if cargo nextest --version >/dev/null 2>&1; then
-		cargo nextest run --workspace --locked --no-fail-fast
+		cargo nextest run --workspace --features kvxfer-cuda/faults --locked --no-fail-fast
 	else
-		cargo test --workspace --locked --no-fail-fast --lib --bins --tests --examples
+		cargo test --workspace --features kvxfer-cuda/faults --locked --no-fail-fast --lib --bins --tests --examples
 	fi
 	$(call say,rust: doc tests)
 	cargo test --workspace --locked --doc

@@ -110,7 +110,6 @@ def test_a_producer_that_goes_away(pair):
     until(lambda: "p" in producer.finish_reasons, producer)
 
 
-@pytest.mark.xfail(reason="the observer does not count the chunks of a rank it lost as pushed")
 def test_nothing_stays_pinned_for_an_agent_that_is_gone(pair):
     producer, consumer = pair()
     connected(consumer)

@@ -276,10 +276,8 @@ impl Progress {
     fn shut(&mut self) {
         // Reading ends before links do: who sees a link end may reuse what was read.
         self.pushes = None;
-        let links: Vec<LinkId> = self.links.keys().copied().collect();
-        let now = self.now();
-        for link in links {
-            self.close_link(now, link, &ErrorKind::Closed.error("the agent was closed"));
+        for &link in self.links.keys() {
+            self.control.close(link, "the agent was closed");
         }
         if let Some(loads) = &mut self.loads {
             let failed = loads.fail_all(&closed());
