@@ -74,8 +74,15 @@ e2e: ## two real vLLM engines on a real and on a tiny model, faults included
 	"$$python" -m pytest -c kvxfer-py/pyproject.toml kvxfer-py/tests/e2e --durations 15 -v
 
 bench: ## criterion benchmarks and the machine's own copy limit (target/reports/bench.json)
-	@$(call say,bench)
-	cargo bench --package kvxfer-benches --locked
+	@$(call say,bench: building)
+	cargo bench --package kvxfer-benches --locked --no-run
+	log=target/logs/criterion.log
+	mkdir -p target/logs
+	rm -rf target/criterion
+	$(call say,bench: single parts; criterion says more in target/logs/criterion.log)
+	cargo bench --package kvxfer-benches --locked --bench micro >"$$log" 2>&1 || { cat "$$log"; exit 1; }
+	$(call say,bench: between two processes)
+	cargo bench --package kvxfer-benches --locked --bench transfer
 
 fmt: ## format Rust and Python
 	@$(call say,fmt)
