@@ -5,7 +5,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .ONESHELL:
-.PHONY: help demo test rust python examples e2e bench fmt clean
+.PHONY: help demo test rust python examples e2e sim bench fmt clean
 
 # Cut once here, so that a log shows where the minutes went.
 say = printf '\n\033[1m[%(%H:%M:%S)T] %s\033[0m\n' -1 "$(1)"
@@ -27,6 +27,8 @@ demo: ## prefill and decode in two real vLLM servers with kvxfer between them (P
 	exec "$$python" examples/disaggregated-prefill/demo.py
 # As environment variables, so that no shell reads the text.
 export PROMPT KEEP
+# SECONDS is a variable of bash itself.
+export SECONDS_TO_RUN := $(or $(SECONDS),60)
 
 test: rust python examples e2e ## everything: Rust, Python, types, and two real engines end to end
 	@$(call say,all tests passed)
@@ -72,6 +74,17 @@ e2e: ## two real vLLM engines on a real and on a tiny model, faults included
 	python=$$(env/install --faults)
 	$(call say,e2e: two real engines; their logs are in target/logs)
 	"$$python" -m pytest -c kvxfer-py/pyproject.toml kvxfer-py/tests/e2e --durations 15 -v
+
+sim: ## the protocol's state machines in a simulated fleet, with faults, for SECONDS=60; first, each planted bug is to be found (target/reports/sim.json)
+	@reports=$$PWD/target/reports
+	mkdir -p "$$reports"
+	$(call say,sim: planted bugs)
+	# In a target directory of its own: the flag would have everything built again here.
+	RUSTFLAGS="--cfg kvxfer_planted" KVXFER_SIM_PLANTED=$$reports/sim-planted.json \
+		cargo test --package kvxfer-core --test sim --locked --target-dir target/planted -- --exact planted --nocapture
+	$(call say,sim: seeds for $${SECONDS_TO_RUN} s)
+	KVXFER_SIM_SECONDS=$$SECONDS_TO_RUN KVXFER_SIM_REPORT=$$reports/sim.json KVXFER_SIM_PLANTED=$$reports/sim-planted.json \
+		cargo test --package kvxfer-core --test sim --locked -- --exact timed --ignored --nocapture
 
 bench: ## criterion benchmarks and the machine's own copy limit (target/reports/bench.json)
 	@$(call say,bench: building)
