@@ -1,0 +1,8 @@
+//! The state machines, scripted: what goes in, and all that comes out, one line each (see `rig.rs`).
+
+mod claims;
+mod faults;
+mod offers;
+mod producer;
+mod rig;
+mod schedulers;
