@@ -4,11 +4,12 @@ use kvxfer_core::pool::PageState;
 use kvxfer_core::session::{Consumer, Observer, Producer};
 use kvxfer_core::{Incarnation, SegmentId};
 
+use crate::clock::Clock;
 use crate::data::{Memory, SLOTS};
 use crate::net::SILENCE;
 use crate::plan::MS;
 use crate::prefill::Prefill;
-use crate::world::{Clock, Event, Input, Kind, Machine, Role, World};
+use crate::world::{Event, Input, Kind, Machine, Role, World};
 
 impl World {
     /// Links that may break: not those between a prefill engine's halves, which live and die together.

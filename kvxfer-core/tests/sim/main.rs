@@ -1,6 +1,7 @@
 //! A fleet in virtual time: prefill and decode engines, their agents, the network between them, and all that goes
 //! wrong with them, from a seed. See `oracle.rs` for what must hold.
 
+mod clock;
 mod data;
 mod decode;
 mod faults;

@@ -9,7 +9,7 @@ use kvxfer_core::{BlockId, ChunkKey, OfferId};
 
 use crate::data::{SLOTS, WORDS, Word};
 use crate::plan::{MS, Mode, Plan, content};
-use crate::world::{Blocks, Input, Kind, Role, World};
+use crate::world::{Blocks, Input, Kind, World};
 
 const POISON: u64 = 0xBAD;
 const GROUPS: usize = 2;
@@ -328,13 +328,6 @@ impl World {
     }
 
     // ---- the worker half --------------------------------------------------------------------------
-
-    fn rank(&self, proc: usize) -> usize {
-        match self.procs[proc].role {
-            Role::Agent(rank) => rank,
-            Role::Scheduler => 0,
-        }
-    }
 
     pub(crate) fn computing(&mut self, proc: usize, compute: Vec<(Chunk, Blocks)>) {
         let (engine, rank) = (self.procs[proc].engine, self.rank(proc));

@@ -15,6 +15,7 @@ use kvxfer_core::{
     BlockId, ChunkKey, Error, Incarnation, LinkId, LoadId, OfferId, PostId, SegmentId, Time,
 };
 
+use crate::clock::Clock;
 use crate::data::{Copy, Memory, Post};
 use crate::decode::{Decode, Loading};
 use crate::net::Link;
@@ -78,23 +79,6 @@ pub(crate) enum Machine {
 pub(crate) enum Role {
     Scheduler,
     Agent(usize),
-}
-
-/// A host's monotonic clock: its own origin and pace, and it may stand still.
-pub(crate) struct Clock {
-    pub(crate) local: u64,
-    pub(crate) global: u64,
-    pub(crate) pace: u64,
-    pub(crate) frozen: bool,
-}
-
-impl Clock {
-    pub(crate) fn at(&self, now: u64) -> u64 {
-        match self.frozen {
-            true => self.local,
-            false => self.local + (now - self.global) * self.pace / 1000,
-        }
-    }
 }
 
 pub(crate) struct Proc {
@@ -229,6 +213,13 @@ impl World {
 
     pub(crate) fn agent(&self, engine: usize, rank: usize) -> usize {
         self.scheduler(engine) + 1 + rank
+    }
+
+    pub(crate) fn rank(&self, proc: usize) -> usize {
+        match self.procs[proc].role {
+            Role::Agent(rank) => rank,
+            Role::Scheduler => 0,
+        }
     }
 
     pub(crate) fn fail(&mut self, what: impl Into<String>) {
