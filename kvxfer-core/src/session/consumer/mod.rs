@@ -4,7 +4,8 @@
 //! which claims wait for it. Everything else follows from the entries:
 //!
 //! * [`offers`]: a queue of offers; grants go out in order as room allows;
-//! * [`claims`]: what the engine's requests pin, and the loads that empty the pool;
+//! * [`commits`]: how a grant ends: committed, given back to the queue, lost with its producer;
+//! * [`claims`]: what the engine's requests pin; [`loads`]: pool to engine, which empties the pool;
 //! * [`reclaim`]: fences, segments changing hands, and what the collector gives up.
 //!
 //! Invariants, checked by the fleet simulation:
@@ -15,8 +16,11 @@
 //! * a claim's pinned chunk stays until the claim lets go and no copy reads it.
 
 mod claims;
+mod commits;
+mod loads;
 mod offers;
 mod reclaim;
+mod types;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
@@ -24,135 +28,20 @@ use std::time::Duration;
 
 use super::protocol;
 use super::timers::Timers;
-use crate::gc::{Collector, GcConfig};
-use crate::layout::KvLayout;
-use crate::pool::{Extent, Geometry, PageState, Pool, PoolStats};
+use crate::gc::Collector;
+use crate::pool::{Extent, PageState, Pool, PoolStats};
 use crate::wire::Message;
 use crate::{
     ChunkKey, ClaimId, Error, ErrorKind, GrantId, Incarnation, LinkId, LoadId, OfferId, Result,
     SegmentId, Time,
 };
 
-use claims::{Claim, Load};
-pub use claims::{Copied, LoadRequest};
+use claims::Claim;
+use loads::Load;
+pub use loads::{Copied, LoadRequest};
 use offers::{Offer, Place};
 use reclaim::Then;
-
-/// What a consumer is told about itself.
-#[derive(Clone, Debug)]
-pub struct ConsumerConfig {
-    /// Geometry; a producer's must be compatible.
-    pub layout: KvLayout,
-    /// The pool.
-    pub geometry: Geometry,
-    /// The collector's policy.
-    pub gc: GcConfig,
-    /// How long a grant lasts unless renewed.
-    pub grant_ttl: Duration,
-    /// How long it can last with renewals.
-    pub grant_cap: Duration,
-    /// How long a writer may take to acknowledge a fence before its link is closed, and after that before the
-    /// memory behind its segments is replaced.
-    pub fence_timeout: Duration,
-    /// How long producers have to answer an [`Message::Ask`].
-    pub ask_timeout: Duration,
-    /// Most pages granted to one link and not yet committed.
-    pub window_pages: u32,
-    /// How many offers may overtake a blocked one.
-    pub overtakes: u32,
-    /// How long it is remembered that a chunk was offered and lost.
-    pub lost_ttl: Duration,
-}
-
-/// What a consumer wants done, in this order.
-#[derive(Debug)]
-pub enum ConsumerAction {
-    /// Send a message.
-    Send {
-        /// On this link.
-        link: LinkId,
-        /// This.
-        message: Message,
-    },
-    /// Send [`Message::Segment`] with what makes the segment reachable for this link's peer.
-    Export {
-        /// The link.
-        link: LinkId,
-        /// The segment.
-        segment: SegmentId,
-        /// Its generation.
-        generation: u32,
-    },
-    /// Copy one chunk out of the pool into the engine's blocks, and verify the copy. Answer with
-    /// [`Consumer::copied`].
-    Copy {
-        /// For this load.
-        load: LoadId,
-        /// Which chunk of the claim.
-        chunk: u32,
-        /// Its key (the checksum's seed).
-        key: ChunkKey,
-        /// Its grant (likewise).
-        grant: GrantId,
-        /// Tokens in it.
-        tokens: u32,
-        /// Where it lies.
-        extents: Arc<[Extent]>,
-        /// One checksum per layer.
-        sums: Arc<[u64]>,
-    },
-    /// A load ended, once.
-    Loaded {
-        /// The load.
-        load: LoadId,
-        /// How.
-        result: Result<()>,
-    },
-    /// Put fresh memory behind a segment, with these extents copied over. Answer with
-    /// [`Consumer::replaced`].
-    Replace {
-        /// The segment.
-        segment: SegmentId,
-        /// What must survive.
-        live: Vec<Extent>,
-    },
-    /// Close a link.
-    Close {
-        /// The link.
-        link: LinkId,
-        /// Why.
-        error: Error,
-    },
-}
-
-/// Counters, all since the start.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct ConsumerStats {
-    /// Chunks offered.
-    pub offered: u64,
-    /// Grants given.
-    pub granted: u64,
-    /// Chunks committed and indexed.
-    pub committed: u64,
-    /// Commits that came after their grant had ended.
-    pub late_commits: u64,
-    /// Chunks that were already here when offered.
-    pub had: u64,
-    /// Grants that ran out or lost their writer.
-    pub revoked: u64,
-    /// Offered chunks that cannot ever fit.
-    pub refused: u64,
-    /// Claims made.
-    pub claims: u64,
-    /// Loads that ended well.
-    pub loads: u64,
-    /// Loads that failed.
-    pub failed_loads: u64,
-    /// Chunks whose bytes were not those that were sent.
-    pub corrupt: u64,
-    /// Segments whose memory had to be replaced.
-    pub replaced_segments: u64,
-}
+pub use types::{ConsumerAction, ConsumerConfig, ConsumerStats};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Timer {
