@@ -30,7 +30,7 @@ export PROMPT KEEP
 # SECONDS is a variable of bash itself.
 export SECONDS_TO_RUN := $(or $(SECONDS),60)
 
-test: rust python examples e2e ## everything: Rust, Python, types, and two real engines end to end
+test: rust examples python e2e ## everything: Rust, Python, types, and two real engines end to end
 	@$(call say,all tests passed)
 
 rust: ## formatting, clippy, Rust tests and doc tests

@@ -192,12 +192,14 @@ def retrieved(decode: Server) -> tuple[int, str, float]:
 def show(report: Report, router: str, counters: dict[str, int]) -> None:
     """The table people came for."""
     same = "yes" if report.identical else "NO"
+    alone = report.prompt_tokens == 1
+    remark = "(the only token is computed anyway)" if alone else "(not computed by decode)"
     rows = [
         ("completion, through kvxfer", report.completion.strip()),
         ("reference, single engine", report.reference.strip()),
         ("identical", same),
         ("prompt tokens", f"{report.prompt_tokens:,}"),
-        ("external tokens", f"{report.external_tokens:,}  (not computed by decode)"),
+        ("external tokens", f"{report.external_tokens:,}  {remark}"),
         ("KV of the prompt", f"{report.bytes:,} bytes"),
         ("copied by the consumer", f"{report.copied_bytes:,} bytes"),
         ("path", report.path),
