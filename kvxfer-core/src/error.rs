@@ -32,6 +32,8 @@ pub enum ErrorKind {
     Closed,
     /// The operating system refused something.
     Io,
+    /// The accelerator, or its driver, refused something.
+    Device,
 }
 
 /// An error: the kind, what it was about, and the fix where there is one.

@@ -58,6 +58,7 @@ kinds! {
     NotFound => ErrorKind::NotFound, "Something by that name is not known here (any more).";
     Closed => ErrorKind::Closed, "The agent is closed, or about to be.";
     IoError => ErrorKind::Io, "The operating system refused something.";
+    DeviceError => ErrorKind::Device, "The accelerator, or its driver, refused something.";
 }
 
 /// Makes an exception class and adds it to the module.
