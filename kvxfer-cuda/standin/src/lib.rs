@@ -1,1 +1,16 @@
 //! A driver for tests: see `README.md`.
+//!
+//! Each entry point of the driver is one item of an [`abi::entries!`] block, under its real name. No
+//! panic leaves them, and faults are injected before them.
+
+// Until both sides use all of it.
+#![allow(dead_code, unused_imports, unused_macros)]
+
+#[macro_use]
+mod abi;
+
+mod config;
+mod faults;
+mod memory;
+mod report;
+mod state;
