@@ -78,6 +78,13 @@ impl Error {
     pub fn retryable(&self) -> bool {
         self.retryable
     }
+
+    /// Whether it stays true for a link until someone configures one of its sides anew, so that a peer that was
+    /// refused for it need not come back soon.
+    pub fn lasting(&self) -> bool {
+        use ErrorKind::{Config, LayoutMismatch, NoPath, VersionMismatch};
+        matches!(self.kind, Config | LayoutMismatch | VersionMismatch | NoPath)
+    }
 }
 
 impl fmt::Display for Error {

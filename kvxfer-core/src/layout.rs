@@ -260,65 +260,67 @@ impl KvLayout {
         hash.finalize().into()
     }
 
-    /// Whether bytes of a peer with the layout `other` can be used here as they are. Both name the
+    /// Whether a consumer of this layout can use the bytes of a producer of that one as they are: both name the
     /// same shard of the same model and have equal geometry.
     ///
     /// # Errors
-    /// [`ErrorKind::LayoutMismatch`], naming the first field that differs and both values.
-    pub fn compatible_with(&self, other: &Self) -> Result<(), Error> {
-        same("model", &self.model, &other.model)?;
-        same("dtype", &self.dtype, &other.dtype)?;
-        let ((rank, ranks), (their_rank, their_ranks)) = (self.shard, other.shard);
-        if ranks != their_ranks {
-            return Err(ErrorKind::LayoutMismatch
-                .error(format!("shards of the model: ours {ranks}, theirs {their_ranks}"))
-                .fix("give both sides one tensor-parallel size; unlike sizes are not supported"));
-        }
-        if rank != their_rank {
-            return Err(ErrorKind::LayoutMismatch
-                .error(format!("rank: ours {rank} of {ranks}, theirs {their_rank} of {ranks}"))
-                .fix("connect the ranks of equal number"));
-        }
-        same("chunk_tokens", &self.chunk_tokens, &other.chunk_tokens)?;
-        same("number of KV-cache groups", &self.groups.len(), &other.groups.len())?;
-        for (g, (ours, theirs)) in self.groups.iter().zip(&other.groups).enumerate() {
-            same(
-                &format!("tokens per block of group {g}"),
-                &ours.block_tokens,
-                &theirs.block_tokens,
-            )?;
+    /// [`ErrorKind::LayoutMismatch`], naming the first field that differs, both values, and the fix. It reads the
+    /// same on both sides.
+    pub fn compatible_with(&self, producer: &Self) -> Result<(), Error> {
+        let model = "serve one model, revision and weight_version; if only its path differs, set \
+                     model_name on both sides";
+        let engines = "start both engines with the same model, release and settings";
+        same("model", &self.model, &producer.model, model)?;
+        same("dtype", &self.dtype, &producer.dtype, engines)?;
+        let ((rank, ranks), (their_rank, their_ranks)) = (self.shard, producer.shard);
+        let tensor_parallel =
+            "give both sides one tensor-parallel size; unlike sizes are not supported";
+        same("shards of the model", &ranks, &their_ranks, tensor_parallel)?;
+        same("rank", &rank, &their_rank, "connect the ranks of equal number")?;
+        let chunk = "set chunk_size to the same on both sides";
+        same("chunk_tokens", &self.chunk_tokens, &producer.chunk_tokens, chunk)?;
+        let groups = "number of KV-cache groups";
+        same(groups, &self.groups.len(), &producer.groups.len(), engines)?;
+        for (g, (ours, theirs)) in self.groups.iter().zip(&producer.groups).enumerate() {
+            let field = format!("tokens per block of group {g}");
+            let block = "start both engines with the same block size";
+            same(&field, &ours.block_tokens, &theirs.block_tokens, block)?;
             let (sizes, their_sizes) = (&ours.block_bytes, &theirs.block_bytes);
-            same(&format!("layers of group {g}"), &sizes.len(), &their_sizes.len())?;
+            same(&format!("layers of group {g}"), &sizes.len(), &their_sizes.len(), engines)?;
             for (layer, (ours, theirs)) in sizes.iter().zip(their_sizes).enumerate() {
-                same(&format!("bytes per block of layer {layer} of group {g}"), ours, theirs)?;
+                let field = format!("bytes per block of layer {layer} of group {g}");
+                same(&field, ours, theirs, engines)?;
             }
         }
-        for name in self.tags.keys().chain(other.tags.keys()) {
-            let text =
-                |tags: &BTreeMap<String, String>| tags.get(name).map_or("none".into(), brief);
-            if self.tags.get(name) != other.tags.get(name) {
-                let (ours, theirs) = (text(&self.tags), text(&other.tags));
-                let about = format!("{}: ours {ours}, theirs {theirs}", brief(name));
-                return Err(ErrorKind::LayoutMismatch.error(about));
+        for name in self.tags.keys().chain(producer.tags.keys()) {
+            let (ours, theirs) = (self.tags.get(name), producer.tags.get(name));
+            if ours != theirs {
+                let text = |value: Option<&String>| value.map_or("none".into(), brief);
+                return Err(differ(&brief(name), &text(ours), &text(theirs), engines));
             }
         }
         Ok(())
     }
 }
 
-fn same<T: PartialEq + Debug>(field: &str, ours: &T, theirs: &T) -> Result<(), Error> {
-    if ours == theirs {
-        return Ok(());
+fn same<T: PartialEq + Debug>(field: &str, ours: &T, theirs: &T, fix: &str) -> Result<(), Error> {
+    match ours == theirs {
+        true => Ok(()),
+        false => Err(differ(field, &brief(ours), &brief(theirs), fix)),
     }
-    let about = format!("{field}: ours {}, theirs {}", brief(ours), brief(theirs));
-    Err(ErrorKind::LayoutMismatch.error(about))
 }
 
-/// A value as an error names it: escaped, for a peer chose it, and short enough that two of them
+fn differ(field: &str, ours: &str, theirs: &str, fix: &str) -> Error {
+    ErrorKind::LayoutMismatch
+        .error(format!("{field}: the consumer has {ours}, the producer {theirs}"))
+        .fix(fix)
+}
+
+/// A value as an error names it: escaped, for a peer chose it, and short enough that three of them
 /// fit into the reason of a [`crate::wire::Message::Bye`].
 fn brief(value: impl Debug) -> String {
     let text = format!("{value:?}");
-    match text.char_indices().nth(160) {
+    match text.char_indices().nth(140) {
         Some((end, _)) => format!("{}…", &text[..end]),
         None => text,
     }

@@ -125,22 +125,31 @@ fn the_largest_page_fits() {
 fn mismatches_name_the_field_and_both_values() {
     type Change = fn(&mut KvLayout);
     let changes: [(Change, &str); 10] = [
-        (|l| l.model = "m@2".into(), r#"model: ours "m@1", theirs "m@2""#),
-        (|l| l.dtype = "fp8".into(), r#"dtype: ours "bfloat16", theirs "fp8""#),
-        (|l| l.chunk_tokens = 128, "chunk_tokens: ours 64, theirs 128"),
-        (|l| drop(l.groups.pop()), "number of KV-cache groups: ours 2, theirs 1"),
-        (|l| l.groups[1].block_tokens = 16, "tokens per block of group 1: ours 32, theirs 16"),
-        (|l| l.groups[0].block_bytes.truncate(1), "layers of group 0: ours 3, theirs 1"),
+        (|l| l.model = "m@2".into(), r#"model: the consumer has "m@1", the producer "m@2""#),
+        (|l| l.dtype = "fp8".into(), r#"dtype: the consumer has "bfloat16", the producer "fp8""#),
+        (|l| l.chunk_tokens = 128, "chunk_tokens: the consumer has 64, the producer 128"),
+        (|l| drop(l.groups.pop()), "number of KV-cache groups: the consumer has 2, the producer 1"),
+        (
+            |l| l.groups[1].block_tokens = 16,
+            "tokens per block of group 1: the consumer has 32, the producer 16",
+        ),
+        (
+            |l| l.groups[0].block_bytes.truncate(1),
+            "layers of group 0: the consumer has 3, the producer 1",
+        ),
         (
             |l| l.groups[0].block_bytes[1] = 72,
-            "bytes per block of layer 1 of group 0: ours 64, theirs 72",
+            "bytes per block of layer 1 of group 0: the consumer has 64, the producer 72",
         ),
         (
             |l| drop(l.tags.insert("cache layout".into(), "HND".into())),
-            r#""cache layout": ours "NHD", theirs "HND""#,
+            r#""cache layout": the consumer has "NHD", the producer "HND""#,
         ),
-        (|l| drop(l.tags.insert("x".into(), "y".into())), r#""x": ours none, theirs "y""#),
-        (|l| l.tags.clear(), r#""cache layout": ours "NHD", theirs none"#),
+        (
+            |l| drop(l.tags.insert("x".into(), "y".into())),
+            r#""x": the consumer has none, the producer "y""#,
+        ),
+        (|l| l.tags.clear(), r#""cache layout": the consumer has "NHD", the producer none"#),
     ];
     let ours = layout();
     ours.compatible_with(&ours.clone()).unwrap();
@@ -149,7 +158,9 @@ fn mismatches_name_the_field_and_both_values() {
         let mut theirs = ours.clone();
         change(&mut theirs);
         let error = ours.compatible_with(&theirs).unwrap_err();
-        assert_eq!((error.kind(), error.to_string().as_str()), (ErrorKind::LayoutMismatch, says));
+        let text = error.to_string();
+        assert!(error.kind() == ErrorKind::LayoutMismatch && error.lasting(), "{error:?}");
+        assert!(text.starts_with(&format!("{says} (")), "the field, then the fix: {text}");
         assert!(fingerprints.insert(theirs.fingerprint()), "{says}");
     }
 }
@@ -160,11 +171,11 @@ fn shards_must_be_equal_and_are_not_in_the_fingerprint() {
     let other_size = KvLayout { shard: (0, 4), ..layout() };
     let error = ours.compatible_with(&other_size).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::LayoutMismatch);
-    assert!(error.to_string().contains("ours 2, theirs 4"), "{error}");
+    assert!(error.to_string().contains("the consumer has 2, the producer 4"), "{error}");
     assert!(error.to_string().contains("unlike sizes are not supported"), "{error}");
     let other_rank = KvLayout { shard: (1, 2), ..layout() };
     let error = ours.compatible_with(&other_rank).unwrap_err();
-    assert!(error.to_string().contains("rank: ours 0 of 2, theirs 1 of 2"), "{error}");
+    assert!(error.to_string().contains("rank: the consumer has 0, the producer 1"), "{error}");
     assert_eq!(ours.fingerprint(), other_size.fingerprint());
     assert_eq!(ours.fingerprint(), other_rank.fingerprint());
 }

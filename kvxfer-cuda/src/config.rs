@@ -67,6 +67,9 @@ pub struct AgentConfig {
     pub hold: Duration,
     /// A peer that is silent for so long is gone. The same on all agents.
     pub silence: Duration,
+    /// Producer: a consumer that it cannot be used with (another model, say) is dialled again after half to all of
+    /// that time.
+    pub refused_backoff: Duration,
     /// Also talk over TCP, where nothing proves who the peer is.
     pub allow_insecure: bool,
     /// The path a link must have; a link on any other is refused.
@@ -113,6 +116,7 @@ impl AgentConfig {
             window: 256 << 20,
             hold: Duration::from_secs(30),
             silence: Duration::from_secs(10),
+            refused_backoff: Duration::from_secs(60),
             allow_insecure: false,
             require_path: None,
             #[cfg(feature = "faults")]

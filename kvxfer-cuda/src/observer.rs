@@ -235,19 +235,21 @@ impl Thread {
                     state.observer.connected(rank, link);
                     changed = true;
                 }
-                Event::Up { link, .. } => self.control.close(link, "not a listener"),
+                Event::Up { link, .. } => {
+                    self.control.close(link, &ErrorKind::Protocol.error("not a listener"));
+                }
                 Event::Message { link, message, .. } => {
                     match state.observer.received(link, message) {
                         Ok(news) => changed |= news,
                         Err(error) => {
                             tracing::warn!(%error, "closing a link to an agent");
-                            self.control.close(link, &wire::bounds::reason(error.to_string()));
+                            self.control.close(link, &error);
                             state.observer.disconnected(link);
                             changed = true;
                         }
                     }
                 }
-                Event::Down { link, error } => {
+                Event::Down { link, error, .. } => {
                     tracing::warn!(%error, "lost the agent of a rank");
                     state.observer.disconnected(link);
                     changed = true;

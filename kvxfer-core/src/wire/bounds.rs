@@ -49,7 +49,7 @@ pub fn check_hello(hello: &Hello) -> Result<(), Error> {
 /// [`ErrorKind::Protocol`], naming the field and its value.
 pub fn check(message: &Message) -> Result<(), Error> {
     match message {
-        Message::Bye { reason } => text("reason", reason),
+        Message::Bye { reason, .. } => text("reason", reason),
         Message::Attach { layout } => check_layout(layout),
         Message::Offer { request, chunks, .. } | Message::Claim { request, chunks, .. } => {
             text("request", request)?;
@@ -81,6 +81,7 @@ pub fn check(message: &Message) -> Result<(), Error> {
         | Message::FenceAck { .. }
         | Message::Told { .. }
         | Message::Retired { .. }
+        | Message::Attached
         | Message::Retire { .. }
         | Message::Busy { .. }
         | Message::CommitAck { .. }

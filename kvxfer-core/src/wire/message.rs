@@ -107,14 +107,17 @@ pub enum Message {
     // ---- either way -------------------------------------------------------------------------
     /// I am alive.
     Ping,
-    /// The link ends here, and why. For people; changes nothing by itself.
+    /// The link ends here, and why.
     Bye {
-        /// One line.
+        /// One line, for people.
         reason: String,
+        /// It would end again for the same reason until one side is configured anew: do not come back soon.
+        lasting: bool,
     },
 
     // ---- producer to consumer ---------------------------------------------------------------
-    /// Our geometry. First on a [`Purpose::Push`] link; a differing one is answered by [`Message::Bye`].
+    /// Our geometry. First on a [`Purpose::Push`] link; answered by [`Message::Attached`], or by [`Message::Bye`] if
+    /// the consumer's differs.
     Attach {
         /// The producer's layout.
         layout: KvLayout,
@@ -171,6 +174,8 @@ pub enum Message {
     },
 
     // ---- consumer to producer ---------------------------------------------------------------
+    /// Answers [`Message::Attach`]: the two geometries fit.
+    Attached,
     /// A segment for this producer alone, before the first grant in it. Its descriptors travel beside the frame.
     Segment {
         /// Which.

@@ -2,7 +2,7 @@
 
 use kvxfer_core::gc::{AfterRetrieve, GcConfig};
 use kvxfer_core::wire::Message;
-use kvxfer_core::{LinkId, OfferId, SegmentId};
+use kvxfer_core::{ErrorKind, LinkId, OfferId, SegmentId};
 
 use crate::rig::{A, B, Decode, chunks, config, layout, ms};
 
@@ -18,6 +18,19 @@ fn a_prompt_from_offer_to_load() {
     assert_eq!(d.copied(1, 1), ["loaded l1", "9> ended 5"]);
     assert_eq!(d.pool().free, 4);
     assert!(d.consumer.is_idle());
+}
+
+#[test]
+fn a_producer_is_told_whether_the_layouts_fit() {
+    let mut d = Decode::new(config(1, 4));
+    d.consumer.producer_connected(d.now, LinkId(1), A);
+    let other = Message::Attach { layout: layout(1, 2) };
+    let error = d.consumer.received(d.now, LinkId(1), other).unwrap_err();
+    assert!(error.kind() == ErrorKind::LayoutMismatch && error.lasting(), "{error}");
+    assert_eq!(d.out(), [""; 0]);
+    for _ in 0..2 {
+        assert_eq!(d.hear(1, Message::Attach { layout: layout(1, 1) }), ["1> attached"]);
+    }
 }
 
 #[test]

@@ -75,6 +75,7 @@ pub(crate) fn tell(link: LinkId, message: &Message) -> String {
         Message::Ask { .. } => "ask".into(),
         Message::Told { .. } => "told".into(),
         Message::Attach { .. } => "attach".into(),
+        Message::Attached => "attached".into(),
         Message::Offer { offer, chunks, .. } => format!("offer {offer} of {}", chunks.len()),
         Message::Claim { chunks, .. } => format!("claim of {}", chunks.len()),
         Message::Release { keep_from, keep_to, .. } => {
@@ -127,7 +128,9 @@ impl Decode {
 
     pub(crate) fn join(&mut self, link: u64, peer: Incarnation) -> Vec<String> {
         self.consumer.producer_connected(self.now, LinkId(link), peer);
-        self.hear(link, Message::Attach { layout: layout(1, 1) })
+        let mut lines = self.hear(link, Message::Attach { layout: layout(1, 1) });
+        lines.retain(|line| *line != format!("{link}> attached"));
+        lines
     }
 
     /// A message comes, in order; all that follows.

@@ -112,6 +112,7 @@ pub(crate) fn name(message: &Message) -> &'static str {
         Message::Renew { .. } => "Renew",
         Message::Told { .. } => "Told",
         Message::Retired { .. } => "Retired",
+        Message::Attached => "Attached",
         Message::Segment { .. } => "Segment",
         Message::Retire { .. } => "Retire",
         Message::Granted { .. } => "Granted",

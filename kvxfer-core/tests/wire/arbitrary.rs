@@ -81,7 +81,7 @@ pub(crate) fn message() -> impl Strategy<Value = Message> {
     ];
     let numbers = any::<(u64, u32, u32, bool)>();
     (
-        0..26u8,
+        0..27u8,
         numbers,
         text(),
         vec(any::<u32>(), 0..6),
@@ -98,7 +98,7 @@ pub(crate) fn message() -> impl Strategy<Value = Message> {
                 let (segment, generation) = (SegmentId(a), b);
                 match kind {
                     0 => Message::Ping,
-                    1 => Message::Bye { reason: text },
+                    1 => Message::Bye { reason: text, lasting: flag },
                     2 => Message::Attach { layout },
                     3 => Message::Offer { offer, request: text, chunks },
                     4 => Message::Withdraw { offer, chunks: indices },
@@ -108,32 +108,33 @@ pub(crate) fn message() -> impl Strategy<Value = Message> {
                     8 => Message::Renew { grants: longs.into_iter().map(GrantId).collect() },
                     9 => Message::Told { ask: id },
                     10 => Message::Retired { segment, generation },
-                    11 => Message::Segment {
+                    11 => Message::Attached,
+                    12 => Message::Segment {
                         segment,
                         generation,
                         bytes: id,
                         transport: text,
                         blob: longs.iter().flat_map(|long| long.to_le_bytes()).collect(),
                     },
-                    12 => Message::Retire { segment, generation },
-                    13 => Message::Granted { offer, deadline_ms: a, grants },
-                    14 => Message::Have { offer, chunks: indices },
-                    15 => Message::Pending { offer, chunks: indices },
-                    16 => Message::Busy { offer, ahead: a },
-                    17 => Message::Refused { offer, chunks: indices, reason: text },
-                    18 => Message::CommitAck {
+                    13 => Message::Retire { segment, generation },
+                    14 => Message::Granted { offer, deadline_ms: a, grants },
+                    15 => Message::Have { offer, chunks: indices },
+                    16 => Message::Pending { offer, chunks: indices },
+                    17 => Message::Busy { offer, ahead: a },
+                    18 => Message::Refused { offer, chunks: indices, reason: text },
+                    19 => Message::CommitAck {
                         grant,
                         outcome: if flag { CommitOutcome::Indexed } else { CommitOutcome::Expired },
                     },
-                    19 => Message::Revoke { grant },
-                    20 => Message::Ask { ask: id },
-                    21 => Message::Claim { claim, request: text, chunks, deadline_ms: a },
-                    22 => Message::Claimed {
+                    20 => Message::Revoke { grant },
+                    21 => Message::Ask { ask: id },
+                    22 => Message::Claim { claim, request: text, chunks, deadline_ms: a },
+                    23 => Message::Claimed {
                         claim,
                         status: ClaimStatus { ready: low, coming: high, next },
                     },
-                    23 => Message::Release { claim, keep_from: low, keep_to: high },
-                    24 => Message::Pushed { offer, chunks: indices },
+                    24 => Message::Release { claim, keep_from: low, keep_to: high },
+                    25 => Message::Pushed { offer, chunks: indices },
                     _ => Message::Ended { claim },
                 }
             },

@@ -104,7 +104,7 @@ fn values_out_of_bounds_are_neither_sent_nor_taken() {
     let mut layout = samples::layout();
     layout.groups = vec![Group { block_tokens: 16, block_bytes: vec![12] }];
     let cases = [
-        (Message::Bye { reason: long() }, "reason of length 1025"),
+        (Message::Bye { reason: long(), lasting: false }, "reason of length 1025"),
         (Message::Offer { offer, request: long(), chunks: vec![] }, "request of length 1025"),
         (
             Message::Offer { offer, request: String::new(), chunks: vec![chunk(1), chunk(0)] },
@@ -197,7 +197,7 @@ fn reasons_are_cut_between_characters() {
     assert_eq!(bounds::reason("short"), "short");
     let cut = bounds::reason(format!("x{}", "é".repeat(MAX_STRING)));
     assert_eq!(cut.len(), MAX_STRING - 1);
-    encode(&Message::Bye { reason: cut }, US, 1, &mut Vec::new()).unwrap();
+    encode(&Message::Bye { reason: cut, lasting: false }, US, 1, &mut Vec::new()).unwrap();
 }
 
 #[test]

@@ -42,7 +42,7 @@ pub(crate) fn messages() -> Vec<Message> {
     let status = ClaimStatus { ready: 1, coming: 2, next: Next::Writing };
     vec![
         Message::Ping,
-        Message::Bye { reason: "closing".into() },
+        Message::Bye { reason: "closing".into(), lasting: true },
         Message::Attach { layout: layout() },
         Message::Offer { offer, request: "req-1".into(), chunks: prompt.clone() },
         Message::Withdraw { offer, chunks: vec![0, 300] },
@@ -52,6 +52,7 @@ pub(crate) fn messages() -> Vec<Message> {
         Message::Renew { grants: vec![grant, GrantId(u64::MAX)] },
         Message::Told { ask: 9 },
         Message::Retired { segment, generation },
+        Message::Attached,
         Message::Segment {
             segment,
             generation,
@@ -90,7 +91,7 @@ pub(crate) fn name(message: &Message) -> (u8, &'static str) {
     }
     names! {
         0 Ping 1 Bye 2 Attach 3 Offer 4 Withdraw 5 Commit 6 Abort 7 FenceAck 8 Renew 9 Told 10 Retired
-        11 Segment 12 Retire 13 Granted 14 Have 15 Pending 16 Busy 17 Refused 18 CommitAck 19 Revoke
-        20 Ask 21 Claim 22 Claimed 23 Release 24 Pushed 25 Ended
+        11 Attached 12 Segment 13 Retire 14 Granted 15 Have 16 Pending 17 Busy 18 Refused 19 CommitAck
+        20 Revoke 21 Ask 22 Claim 23 Claimed 24 Release 25 Pushed 26 Ended
     }
 }

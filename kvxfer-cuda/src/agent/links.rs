@@ -2,13 +2,13 @@
 
 use std::os::fd::OwnedFd;
 
-use kvxfer_core::wire::{self, Hello, Message, Purpose};
+use kvxfer_core::wire::{Hello, Message, Purpose};
 use kvxfer_core::{Error, ErrorKind, Incarnation, LinkId, Result, Time};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::closed;
 use super::progress::Progress;
-use crate::control::Event;
+use crate::control::{Event, Redial};
 use crate::transport::local::Local;
 
 /// Who is at the other end of a link.
@@ -16,6 +16,9 @@ pub(super) struct Link {
     pub(super) peer: Incarnation,
     pub(super) name: String,
     pub(super) kind: Kind,
+    /// Whether both sides want it: a consumer has seen the producer's layout and said so. Before, nobody is told
+    /// of it.
+    joined: bool,
     pidfd: Option<OwnedFd>,
 }
 
@@ -45,8 +48,10 @@ impl Progress {
                 link, dialled, purpose, peer, pidfd, can_pass_fds, why_not_unix, ..
             } => {
                 let up = Up { link, dialled, purpose, peer, pidfd, can_pass_fds, why_not_unix };
+                let name = up.peer.name.clone();
                 if let Err(error) = self.up(now, up) {
-                    self.refuse(link, &error);
+                    tracing::error!(name, %error, "refused a link");
+                    self.control.close(link, &error);
                 }
             }
             Event::Message { link, message, fds } => {
@@ -54,10 +59,9 @@ impl Progress {
                     self.close_link(now, link, &error);
                 }
             }
-            Event::Down { link, error } => self.down(now, link, &error),
-            Event::DialFailed { peer, error, retry_in } => {
-                let address = &self.config.peers[peer];
-                tracing::warn!(%address, %error, ?retry_in, "cannot reach a consumer");
+            Event::Down { link, error, redial } => self.down(now, link, &error, redial),
+            Event::DialFailed { peer, error, redial } => {
+                say_unreachable(&self.config.peers[peer].to_string(), &error, redial);
             }
         }
     }
@@ -69,7 +73,6 @@ impl Progress {
             (Purpose::Push, Some(index)) => {
                 let producer = self.producer.as_mut().ok_or_else(|| wrong_role("push"))?;
                 producer.consumer_connected(index, link, incarnation);
-                tracing::info!(peer = %incarnation, name, "connected to a consumer");
                 Kind::Consumer
             }
             (Purpose::Push, None) => {
@@ -81,7 +84,6 @@ impl Progress {
                     why_not_unix,
                 )?;
                 consuming.session.producer_connected(now, link, incarnation);
-                tracing::info!(peer = %incarnation, name, path, "a producer connected");
                 Kind::Producer(path)
             }
             (Purpose::Observe, None) => {
@@ -94,9 +96,22 @@ impl Progress {
                 return Err(ErrorKind::Protocol.error("a link of that purpose is not for an agent"));
             }
         };
-        self.links.insert(link, Link { peer: incarnation, name, kind, pidfd });
-        self.tell_peers();
+        let joined = matches!(kind, Kind::Observer);
+        self.links.insert(link, Link { peer: incarnation, name, kind, joined, pidfd });
         Ok(())
+    }
+
+    /// The layouts fit.
+    fn joined(&mut self, id: LinkId) {
+        let Some(link) = self.links.get_mut(&id).filter(|link| !link.joined) else { return };
+        link.joined = true;
+        let (peer, name) = (link.peer, &link.name);
+        match link.kind {
+            Kind::Consumer => tracing::info!(%peer, name, "connected to a consumer"),
+            Kind::Producer(path) => tracing::info!(%peer, name, path, "a producer connected"),
+            Kind::Observer => {}
+        }
+        self.tell_peers();
     }
 
     pub(super) fn message(
@@ -124,14 +139,23 @@ impl Progress {
                 let pushes = self.pushes.as_mut().ok_or_else(closed)?;
                 pushes.attach(peer, segment, &transport, blob, bytes, fds)
             }
+            (Kind::Consumer, Message::Attached) => {
+                self.joined(id);
+                Ok(())
+            }
             (Kind::Consumer, message) => match &mut self.producer {
                 Some(producer) => producer.received_from_consumer(now, id, message),
                 None => Ok(()),
             },
-            (Kind::Producer(_), message) => match &mut self.consuming {
-                Some(consuming) => consuming.session.received(now, id, message),
-                None => Ok(()),
-            },
+            (Kind::Producer(_), message) => {
+                let Some(consuming) = &mut self.consuming else { return Ok(()) };
+                let attaches = matches!(message, Message::Attach { .. });
+                consuming.session.received(now, id, message)?;
+                if attaches {
+                    self.joined(id);
+                }
+                Ok(())
+            }
             (Kind::Observer, message) => self.received_from_observer(now, id, message),
         }
     }
@@ -150,10 +174,10 @@ impl Progress {
         }
     }
 
-    pub(super) fn down(&mut self, now: Time, id: LinkId, error: &Error) {
+    fn down(&mut self, now: Time, id: LinkId, error: &Error, redial: Option<Redial>) {
         let Some(link) = self.links.remove(&id) else { return };
         self.tell_peers();
-        tracing::info!(peer = %link.peer, name = link.name, %error, "a link ended");
+        link.say_ended(error, redial);
         if let Some(producer) = &mut self.producer {
             producer.disconnected(now, id);
         }
@@ -172,21 +196,14 @@ impl Progress {
     }
 
     fn tell_peers(&self) {
-        let peers = self.links.values().filter(|link| matches!(link.kind, Kind::Consumer)).count();
+        let ours = |link: &&Link| link.joined && matches!(link.kind, Kind::Consumer);
+        let peers = self.links.values().filter(ours).count();
         self.shared.tell(|news| news.peers = peers);
     }
 
-    /// Closes a link that never became one of ours.
-    pub(super) fn refuse(&mut self, link: LinkId, error: &Error) {
-        tracing::warn!(%error, "a link was refused");
-        self.control.close(link, &wire::bounds::reason(error.to_string()));
-    }
-
     pub(super) fn close_link(&mut self, now: Time, link: LinkId, error: &Error) {
-        let name = self.links.get(&link).map_or("", |link| link.name.as_str());
-        tracing::warn!(name, %error, "closing a link");
-        self.control.close(link, &wire::bounds::reason(error.to_string()));
-        self.down(now, link, error);
+        let redial = self.control.close(link, error);
+        self.down(now, link, error, redial);
     }
 
     /// A process that ended writes no more.
@@ -203,6 +220,34 @@ impl Progress {
             }
             !dead
         });
+    }
+}
+
+impl Link {
+    /// One line a link that ended, and of those that both sides wanted one more when they began: a peer that is
+    /// refused each time it comes is no more than one line each time.
+    fn say_ended(&self, error: &Error, redial: Option<Redial>) {
+        let (peer, name) = (self.peer, &self.name);
+        match (&self.kind, redial) {
+            (Kind::Consumer, Some(redial)) if redial.refused || !self.joined => {
+                say_unreachable(name, error, redial);
+            }
+            (Kind::Producer(_), _) if error.lasting() => {
+                tracing::error!(%peer, name, %error, "refused a producer: none of its KV is taken");
+            }
+            _ if error.kind() == ErrorKind::PeerLost => {
+                tracing::info!(%peer, name, %error, "a link ended");
+            }
+            _ => tracing::warn!(%peer, name, %error, "closed a link"),
+        }
+    }
+}
+
+fn say_unreachable(consumer: &str, error: &Error, redial: Redial) {
+    let next = format!("next attempt in {:.1} s", redial.after.as_secs_f64());
+    match redial.refused {
+        true => tracing::error!(consumer, %error, "no KV goes to a consumer; {next}"),
+        false => tracing::warn!(consumer, %error, "cannot reach a consumer; {next}"),
     }
 }
 

@@ -92,7 +92,11 @@ impl Progress {
         control.socket_dir = Some(config.socket_dir.clone());
         control.peers = config.peers.clone();
         control.allow_insecure = config.allow_insecure;
-        control.limits = Limits { silence: config.silence, ..Limits::default() };
+        control.limits = Limits {
+            silence: config.silence,
+            refused_backoff: config.refused_backoff,
+            ..Limits::default()
+        };
         Ok(Self {
             control: Control::new(control)?,
             local: LocalExports::new(incarnation),
@@ -277,7 +281,7 @@ impl Progress {
         // Reading ends before links do: who sees a link end may reuse what was read.
         self.pushes = None;
         for &link in self.links.keys() {
-            self.control.close(link, "the agent was closed");
+            self.control.close(link, &closed());
         }
         if let Some(loads) = &mut self.loads {
             let failed = loads.fail_all(&closed());

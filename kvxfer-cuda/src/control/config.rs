@@ -56,6 +56,9 @@ pub struct Limits {
     pub backoff: Duration,
     /// The longest pause between two dials.
     pub backoff_max: Duration,
+    /// The pause, likewise jittered, after a link that ended for a reason which dialling again does not cure. Not
+    /// for ever, for the peer may be restarted with what was wrong put right.
+    pub refused_backoff: Duration,
     /// A link on which nothing came for that long is down. Each side says something three times as often.
     pub silence: Duration,
     /// Bytes that wait for a peer to read them. Room for a few of the largest frames.
@@ -69,6 +72,7 @@ impl Default for Limits {
             hello_timeout: Duration::from_secs(2),
             backoff: Duration::from_millis(50),
             backoff_max: Duration::from_secs(5),
+            refused_backoff: Duration::from_secs(60),
             silence: Duration::from_secs(10),
             queue_bytes: 8 << 20,
         }
@@ -115,6 +119,8 @@ pub enum Event {
         link: LinkId,
         /// Why.
         error: Error,
+        /// If we had dialled, when that follows by itself.
+        redial: Option<Redial>,
     },
     /// A dial did not become a link. The next one follows by itself.
     DialFailed {
@@ -122,9 +128,18 @@ pub enum Event {
         peer: usize,
         /// Why.
         error: Error,
-        /// After about that long.
-        retry_in: Duration,
+        /// When.
+        redial: Redial,
     },
+}
+
+/// The next dial of a peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Redial {
+    /// After about that long.
+    pub after: Duration,
+    /// Whether it fails again unless someone configures one of the sides anew: then it is long.
+    pub refused: bool,
 }
 
 /// What was turned away, for metrics.

@@ -17,7 +17,7 @@ use rustix::net::sockopt;
 use super::link::{Link, Stage};
 use super::listener::socket_for;
 use super::peer::Peer;
-use super::{Address, Control, Event, failed, folder};
+use super::{Address, Control, Event, Redial, failed, folder};
 
 /// What is being done about one configured peer.
 #[derive(Debug)]
@@ -32,6 +32,8 @@ pub(super) struct Dial {
 enum Step {
     Waiting {
         delay: Duration,
+        /// The peer refused us, or we it, for a reason that lasts.
+        refused: bool,
         /// Unknown until the time is next read.
         since: Option<Time>,
     },
@@ -68,7 +70,7 @@ impl Control {
     pub fn dial(&mut self, peer: usize, purpose: Purpose) {
         debug_assert!(purpose != Purpose::Locate, "locating is a part of dialling");
         if self.dials[peer].is_none() {
-            let step = Step::Waiting { delay: Duration::ZERO, since: None };
+            let step = Step::Waiting { delay: Duration::ZERO, refused: false, since: None };
             self.dials[peer] = Some(Dial { purpose, step, failures: 0 });
             self.due_at(self.now);
         }
@@ -92,7 +94,7 @@ impl Control {
 
     pub(super) fn dial_timers(&self) -> impl Iterator<Item = Time> {
         self.dials.iter().flatten().filter_map(|dial| match dial.step {
-            Step::Waiting { delay, since } => Some(since.unwrap_or(self.now) + delay),
+            Step::Waiting { delay, since, .. } => Some(since.unwrap_or(self.now) + delay),
             _ => None,
         })
     }
@@ -100,11 +102,11 @@ impl Control {
     pub(super) fn run_dials(&mut self) {
         for peer in 0..self.dials.len() {
             let Some(dial) = &self.dials[peer] else { continue };
-            if let Step::Waiting { delay, since: Some(since) } = dial.step
+            if let Step::Waiting { delay, since: Some(since), .. } = dial.step
                 && since + delay <= self.now
                 && let Err(error) = self.start(peer)
             {
-                self.fail(peer, error);
+                self.fail(peer, error, false);
             }
         }
     }
@@ -144,7 +146,7 @@ impl Control {
                     .retry()),
             };
             if let Err(error) = result {
-                self.fail(peer, error);
+                self.fail(peer, error, false);
             }
         }
     }
@@ -280,7 +282,7 @@ impl Control {
         let at = attempt.at;
         self.forget_link(link);
         if let Err(error) = self.join(peer, at, theirs) {
-            self.fail(peer, error);
+            self.fail(peer, error, false);
         }
     }
 
@@ -326,19 +328,19 @@ impl Control {
 
     /// An attempt's connection ended.
     pub(super) fn attempt_failed(&mut self, peer: usize, id: LinkId, error: Error) {
-        let stage = self.forget_link(id).map(|link| link.stage);
+        let Some(link) = self.forget_link(id) else { return };
         let Some(Dial { step: Step::Trying(attempt), .. }) = &mut self.dials[peer] else { return };
         if attempt.link != id {
             return;
         }
         let (more, act) = (std::mem::take(&mut attempt.more), attempt.act.clone());
-        let next = match (stage, more.is_empty()) {
+        let next = match (&link.stage, more.is_empty()) {
             // One of the name's other addresses may do.
-            (Some(Stage::Connecting), false) => self.try_tcp(peer, more, act),
+            (Stage::Connecting, false) => self.try_tcp(peer, more, act),
             _ => Err(error),
         };
         if let Err(error) = next {
-            self.fail(peer, error);
+            self.fail(peer, error, link.refused);
         }
     }
 
@@ -350,30 +352,42 @@ impl Control {
             if lasted >= self.config.limits.backoff_max {
                 dial.failures = 0;
             }
-            self.back_off(peer);
+            self.back_off(peer, link.refused);
         }
     }
 
-    fn fail(&mut self, peer: usize, error: Error) {
-        let retry_in = self.back_off(peer);
-        self.events.push(Event::DialFailed { peer, error, retry_in });
+    /// When a peer is dialled next, if that is waited for.
+    pub(super) fn redial(&self, peer: usize) -> Option<Redial> {
+        match self.dials[peer].as_ref()?.step {
+            Step::Waiting { delay, refused, .. } => Some(Redial { after: delay, refused }),
+            _ => None,
+        }
     }
 
-    fn back_off(&mut self, peer: usize) -> Duration {
-        let Some(dial) = &mut self.dials[peer] else { return Duration::ZERO };
+    fn fail(&mut self, peer: usize, error: Error, refused: bool) {
+        self.back_off(peer, refused);
+        if let Some(redial) = self.redial(peer) {
+            self.events.push(Event::DialFailed { peer, error, redial });
+        }
+    }
+
+    fn back_off(&mut self, peer: usize, refused: bool) {
+        let Some(dial) = &mut self.dials[peer] else { return };
         let limits = &self.config.limits;
         let doubled = limits.backoff.saturating_mul(1 << dial.failures.min(16));
-        dial.failures = dial.failures.saturating_add(1);
+        let doubled = doubled.min(limits.backoff_max);
+        let longest = if refused { limits.refused_backoff } else { doubled };
+        // After a refusal it counts anew: a peer that is gone then is perhaps being restarted.
+        dial.failures = if refused { 0 } else { dial.failures.saturating_add(1) };
         // Between half and all of it: agents that lost one peer together do not come back together.
         self.config.seed = self.config.seed.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let mut bits = self.config.seed;
         bits = (bits ^ (bits >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
         bits = (bits ^ (bits >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
         let part = 0.5 + (bits >> 33) as f64 / (1u64 << 32) as f64;
-        let delay = doubled.min(limits.backoff_max).mul_f64(part.min(1.0));
-        dial.step = Step::Waiting { delay, since: None };
+        let delay = longest.mul_f64(part.min(1.0));
+        dial.step = Step::Waiting { delay, refused, since: None };
         self.due_at(self.now + delay);
-        delay
     }
 
     fn set_step(&mut self, peer: usize, step: Step) {

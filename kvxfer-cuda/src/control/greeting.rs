@@ -1,4 +1,4 @@
-//! The two hellos, and the frames after them.
+//! The two hellos, the frames after them, and the last word.
 
 use std::os::fd::OwnedFd;
 
@@ -6,7 +6,7 @@ use kvxfer_core::wire::{self, Frame, Hello, Message, Purpose};
 use kvxfer_core::{Error, ErrorKind, LinkId, Result};
 
 use super::link::Stage;
-use super::{Control, Event};
+use super::{Control, Event, Redial};
 
 impl Control {
     /// Takes one frame. An error ends the link; it names the peer.
@@ -14,11 +14,16 @@ impl Control {
         let link = self.links.get_mut(&id).expect("the caller looked");
         let up = matches!(link.stage, Stage::Up { .. });
         let result = match (frame, link.dialled) {
-            (Frame::Message(Message::Bye { reason }), _) if up => {
-                Err(ErrorKind::PeerLost.error(format!("the peer closed the link: {reason}")))
-            }
-            (Frame::Message(Message::Bye { reason }), _) => {
-                Err(ErrorKind::NoPath.error(format!("the peer refused the link: {reason}")))
+            (Frame::Message(Message::Bye { reason, lasting }), _) => {
+                link.refused = lasting;
+                Err(match up && !lasting {
+                    true => {
+                        ErrorKind::PeerLost.error(format!("the peer closed the link: {reason}"))
+                    }
+                    false => {
+                        ErrorKind::NoPath.error(format!("the peer refused the link: {reason}"))
+                    }
+                })
             }
             (Frame::Message(Message::Ping), _) if up => Ok(()),
             (Frame::Message(message), _) if up => {
@@ -77,11 +82,26 @@ impl Control {
         Ok(())
     }
 
+    /// Closes a link, with a word to the peer if it can be had at once. No [`Event::Down`] follows. Whoever dialled
+    /// waits long before it does again if the reason is a [lasting](Error::lasting) one; says when that is us.
+    pub fn close(&mut self, link: LinkId, why: &Error) -> Option<Redial> {
+        let us = self.config.hello.incarnation;
+        let open = self.links.get_mut(&link)?;
+        let Stage::Up { version, .. } = open.stage else { return None };
+        let bye = bye(why);
+        let _ = open.outbox.push(&[], |bytes| wire::encode(&bye, us, version, bytes));
+        let _ = open.flush();
+        open.refused = why.lasting();
+        let dialled = open.dialled;
+        self.forget_link(link);
+        self.redial(dialled?)
+    }
+
     /// Tells the dialler why there will be no link, if the socket takes it at once.
     fn refuse(&self, id: LinkId, version: u16, error: &Error) {
         let mut bytes = Vec::new();
         if let Some(link) = self.links.get(&id)
-            && self.encode_refusal(version, &error.to_string(), &mut bytes).is_ok()
+            && self.encode_refusal(version, error, &mut bytes).is_ok()
         {
             let _ = crate::fds::send_with_fds(&link.socket, &bytes, &[]);
         }
@@ -91,18 +111,22 @@ impl Control {
     pub(super) fn encode_refusal(
         &self,
         version: u16,
-        reason: &str,
+        why: &Error,
         bytes: &mut Vec<u8>,
     ) -> Result<()> {
         let ours = Hello { purpose: Purpose::Locate, ..self.config.hello.clone() };
-        let bye = Message::Bye { reason: wire::bounds::reason(reason) };
+        let bye = bye(why);
         wire::encode_hello(&ours, bytes)?;
         wire::encode(&bye, ours.incarnation, version, bytes)
     }
 
     /// The listener's hello has come: go where it points, or the link is up.
     fn answered(&mut self, id: LinkId, peer: usize, theirs: Hello) -> Result<()> {
-        let version = wire::negotiate(self.config.hello.versions, theirs.versions)?;
+        let negotiated = wire::negotiate(self.config.hello.versions, theirs.versions);
+        if let (Err(_), Some(link)) = (&negotiated, self.links.get_mut(&id)) {
+            link.refused = true;
+        }
+        let version = negotiated?;
         let Some((purpose, expect, why_not_unix)) = self.joining(peer) else {
             self.located(peer, id, theirs);
             return Ok(());
@@ -148,4 +172,9 @@ impl Control {
         });
         self.due_at(self.now + self.config.limits.silence / 3);
     }
+}
+
+/// The last word on a link.
+fn bye(why: &Error) -> Message {
+    Message::Bye { reason: wire::bounds::reason(why.to_string()), lasting: why.lasting() }
 }

@@ -31,6 +31,8 @@ pub(super) struct Link {
     pub(super) remote: String,
     /// The configured peer that was dialled, or `None` if the connection was accepted.
     pub(super) dialled: Option<usize>,
+    /// Either side said that it ends for a reason which dialling again does not cure.
+    pub(super) refused: bool,
     pub(super) stage: Stage,
     pub(super) inbox: Inbox,
     pub(super) outbox: Outbox,
@@ -92,6 +94,7 @@ impl Link {
             unix,
             remote,
             dialled,
+            refused: false,
             stage: Stage::Greeting,
             inbox: Inbox::new(versions),
             outbox: Outbox::default(),

@@ -133,7 +133,7 @@ impl Control {
                 }
                 Err(error) => {
                     self.counts.refused += 1;
-                    self.say_bye(&socket, &error.to_string());
+                    self.say_bye(&socket, &error);
                     if let Some(muted) = self.strangers.pass(self.now) {
                         tracing::warn!(muted, "refused a connection: {error}");
                     }
@@ -144,7 +144,8 @@ impl Control {
         let limit = self.config.limits.max_links;
         if self.links.len() >= limit {
             self.counts.over_limit += 1;
-            self.say_bye(&socket, &format!("{limit} connections are open here, the limit"));
+            let why = format!("{limit} connections are open here, the limit");
+            self.say_bye(&socket, &ErrorKind::Io.error(why).retry());
             if let Some(muted) = self.shortages.pass(self.now) {
                 tracing::warn!(
                     muted,
@@ -161,9 +162,9 @@ impl Control {
     }
 
     /// Tells a connection that is about to be closed why, if the socket takes it at once.
-    fn say_bye(&self, socket: &OwnedFd, reason: &str) {
+    fn say_bye(&self, socket: &OwnedFd, why: &Error) {
         let mut bytes = Vec::new();
-        if self.encode_refusal(self.config.hello.versions.1, reason, &mut bytes).is_ok() {
+        if self.encode_refusal(self.config.hello.versions.1, why, &mut bytes).is_ok() {
             let _ = crate::fds::send_with_fds(socket, &bytes, &[]);
         }
     }

@@ -44,7 +44,7 @@ use resolver::Resolutions;
 use timers::Throttle;
 
 pub use address::Address;
-pub use config::{ControlConfig, Counts, Event, Limits};
+pub use config::{ControlConfig, Counts, Event, Limits, Redial};
 pub use poller::Waker;
 
 /// Tokens of the listeners; links count from [`FIRST_LINK`].
@@ -197,19 +197,6 @@ impl Control {
         Ok(())
     }
 
-    /// Closes a link, with a word to the peer if it can be had at once. No [`Event::Down`] follows.
-    pub fn close(&mut self, link: LinkId, reason: &str) {
-        let us = self.config.hello.incarnation;
-        if let Some(open) = self.links.get_mut(&link)
-            && let Stage::Up { version, .. } = open.stage
-        {
-            let bye = Message::Bye { reason: wire::bounds::reason(reason) };
-            let _ = open.outbox.push(&[], |bytes| wire::encode(&bye, us, version, bytes));
-            let _ = open.flush();
-            self.forget_link(link);
-        }
-    }
-
     /// Waits for at most `timeout` (`None`: until something happens), reads and writes what the
     /// sockets hold and take, runs the timers that are due at `now`, and appends what came of it.
     ///
@@ -360,8 +347,10 @@ impl Control {
         let Some(link) = self.links.get(&id) else { return };
         match (&link.stage, link.dialled) {
             (Stage::Up { .. }, _) => {
+                let dialled = link.dialled;
                 self.forget_link(id);
-                self.events.push(Event::Down { link: id, error });
+                let redial = dialled.and_then(|peer| self.redial(peer));
+                self.events.push(Event::Down { link: id, error, redial });
             }
             (_, Some(peer)) => self.attempt_failed(peer, id, error),
             (_, None) => self.turned_away(id, &error),
@@ -371,8 +360,9 @@ impl Control {
 
 impl Drop for Control {
     fn drop(&mut self) {
+        let closing = ErrorKind::Closed.error("the agent is closing");
         for link in self.links.keys().copied().collect::<Vec<_>>() {
-            self.close(link, "the agent is closing");
+            self.close(link, &closing);
         }
     }
 }

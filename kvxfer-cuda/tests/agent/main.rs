@@ -1,7 +1,9 @@
 //! Agents and observers, engines being models of ours: whole requests over real sockets and memory.
 
 mod engine;
+mod logs;
 mod processes;
+mod refusals;
 
 use std::time::Duration;
 
@@ -166,18 +168,6 @@ fn a_load_of_what_is_not_claimed_fails_once() {
     let nobody = kvxfer_core::ClaimId(12345);
     let loaded = pair.decode.load(nobody, &prompt, &blocks(&prompt, 7));
     assert_eq!(loaded.result.unwrap_err().kind(), ErrorKind::NotFound);
-}
-
-#[test]
-fn a_producer_of_another_model_is_refused_by_name() {
-    let pair = pair(|config| {
-        if config.role == Role::Producer {
-            config.layout.model = "another model".into();
-        }
-    });
-    let claim = pair.decode.claim(&prompt(1, 100));
-    pair.decode.until_claimed(claim, Next::NoProducer);
-    assert_eq!(pair.decode.agent.stats().unwrap().consumer.offered, 0);
 }
 
 #[cfg(feature = "faults")]

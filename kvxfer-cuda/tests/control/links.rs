@@ -195,7 +195,7 @@ fn closing_tells_the_other_side_why() {
     let mut a = Node::new(dialling(1, &folder.sockets(), &b.control.addresses()[0]));
     let (_, link) = linked(&mut a, &mut b, NOW);
     b.control.send(link, &note(5), &[]).unwrap();
-    b.control.close(link, "the layouts differ");
+    b.control.close(link, &ErrorKind::LayoutMismatch.error("the layouts differ"));
     let error = until(&mut [&mut a, &mut b], NOW, |nodes| nodes[0].down());
     assert_eq!(a.message(), Some(note(5)));
     assert!(error.to_string().contains("the layouts differ"), "{error}");

@@ -2,6 +2,7 @@ use std::time::Duration;
 
 use kvxfer_core::ErrorKind;
 use kvxfer_core::wire::Purpose;
+use kvxfer_cuda::control::{ControlConfig, Event, Redial};
 
 use crate::harness::*;
 
@@ -92,4 +93,69 @@ fn a_poll_that_waited_long_does_not_shorten_a_lease() {
     a.control.poll(Duration::ZERO, Some(PATIENCE), &mut a.events).unwrap();
     a.control.poll(11 * SECOND, Some(Duration::ZERO), &mut a.events).unwrap();
     assert!(a.down().is_none());
+}
+
+#[test]
+fn who_was_refused_comes_back_late_and_finds_who_was_restarted_meanwhile() {
+    let folder = Folder::new();
+    let mut b = Node::new(listening(2, &folder.sockets()));
+    let address = b.control.addresses()[0].clone();
+    let mut a = Node::new(dialling(1, &folder.sockets(), &address));
+    let mut now = SECOND;
+    let (_, mut at_b) = linked(&mut a, &mut b, now);
+    let gone = |nodes: &mut [&mut Node]| {
+        nodes[0].events.pop_if(|event| matches!(event, Event::Down { .. }))
+    };
+    for _ in 0..3 {
+        let why = ErrorKind::LayoutMismatch.error("the models differ");
+        assert_eq!(b.control.close(at_b, &why), None, "it has not dialled");
+        let Event::Down { error, redial: Some(Redial { after, refused: true }), .. } =
+            until(&mut [&mut a, &mut b], now, gone)
+        else {
+            panic!("not told to stay away")
+        };
+        assert!(error.to_string().contains("the models differ"), "{error}");
+        assert!((30 * SECOND..=60 * SECOND).contains(&after), "{after:?}");
+        // The clock starts at the next poll.
+        a.poll(now);
+        now += after;
+        for _ in 0..2 {
+            a.poll(now - Duration::from_millis(1));
+            b.poll(now - Duration::from_millis(1));
+        }
+        assert!(a.events.is_empty() && b.events.is_empty(), "dialled too early");
+        at_b = until(&mut [&mut a, &mut b], now, |nodes| nodes[1].up());
+        until(&mut [&mut a, &mut b], now, |nodes| nodes[0].up());
+    }
+    // Refused once more, and gone: from then on it is looked for as often as any other.
+    b.control.close(at_b, &ErrorKind::LayoutMismatch.error("the models differ"));
+    until(&mut [&mut a, &mut b], now, gone);
+    drop(b);
+    a.poll(now);
+    now += 60 * SECOND;
+    until(&mut [&mut a], now, |nodes| nodes[0].dial_failed());
+    let begun = now;
+    let again = ControlConfig { listen: Some(address), ..config(3, &folder.sockets()) };
+    let mut b = Node::new(again);
+    until(&mut [&mut a, &mut b], now, |nodes| {
+        now += Duration::from_millis(10);
+        nodes[0].poll(now);
+        nodes[0].up()
+    });
+    assert!(now < begun + 10 * SECOND, "{:?}", now - begun);
+}
+
+#[test]
+fn who_refuses_the_one_it_dialled_leaves_it_alone_as_long() {
+    let folder = Folder::new();
+    let mut b = Node::new(config(2, &folder.sockets()));
+    let mut a = Node::new(dialling(1, &folder.sockets(), &b.control.addresses()[0]));
+    let (at_a, _) = linked(&mut a, &mut b, SECOND);
+    let redial = a.control.close(at_a, &ErrorKind::NoPath.error("not this path")).unwrap();
+    assert!(redial.refused && redial.after >= 30 * SECOND, "{redial:?}");
+    until(&mut [&mut a, &mut b], SECOND, |nodes| nodes[1].down());
+    a.poll(SECOND + redial.after);
+    let (at_a, _) = linked(&mut a, &mut b, SECOND + redial.after);
+    let redial = a.control.close(at_a, &ErrorKind::Protocol.error("nonsense")).unwrap();
+    assert!(!redial.refused && redial.after < SECOND, "{redial:?}");
 }

@@ -231,7 +231,9 @@ impl Consumer {
             (_, Message::Ping | Message::Bye { .. }) => {}
             (LinkKind::Producer { attached, .. }, Message::Attach { layout }) => {
                 self.config.layout.compatible_with(&layout)?;
-                if !std::mem::replace(attached, true) {
+                let first = !std::mem::replace(attached, true);
+                self.send(link, Message::Attached);
+                if first {
                     self.revoke_again(peer);
                     self.ask_too(link);
                 }

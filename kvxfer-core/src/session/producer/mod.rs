@@ -403,6 +403,7 @@ impl Producer {
             Message::Ask { ask } => self.send(link, Message::Told { ask }),
             Message::Busy { .. }
             | Message::Pending { .. }
+            | Message::Attached
             | Message::Ping
             | Message::Bye { .. } => {}
             other => return Err(protocol(format!("a consumer sent {other:?}"))),
