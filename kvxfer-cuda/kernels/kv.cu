@@ -1,0 +1,350 @@
+// The copy kernel: any number of runs of bytes, and the checksum of what was stored.
+//
+// In the subset that C and CUDA share, without barriers, shared memory or warp operations, so that
+// host.c runs the same lines one thread after the other: under ASAN and UBSAN (`make kernels`), and
+// on the stand-in. Device code is kv.ptx, made from this file by build.py and committed.
+//
+// How the work is cut. An item is one run of bytes; KVX_TILE bytes of it are a tile; KVX_LANES
+// threads take a tile. The tiles of all items are numbered in turn. A warp takes a contiguous range
+// of them and in each step KVX_GROUPS adjacent ones, so that long runs are read 2 KiB at a time and
+// four runs of 256 B keep all lanes busy. A thread keeps its part of the sum in a register until
+// the slot changes, and its lane has a sum of its own in memory: KVX_LANES parts a slot, to be added
+// by the host. So an atomic operation meets at most one other warp's at its address, not 31 of its own.
+//
+// What this assumes about GPUs, and no run has measured:
+//  - The source is read at HBM's latency of about 0.7 us. With 64 bytes under way per thread and 1024
+//    threads on a multiprocessor, 16 of those have 1 MiB under way, several times what a link takes.
+//  - The sum costs seven integer instructions a word (one multiplication with addition), so a
+//    multiprocessor sums about as fast as it loads (64 bytes a clock), and stores don't wait for it.
+//  - Eight threads store 128 adjacent bytes in one instruction, which NVLink carries as one packet.
+//  - Items stay in L1 (40 bytes, read by eight threads at once), so finding the next one is cheap.
+//  - Addition to memory takes an L2 slice about a clock a sector.
+
+#define KVX_TILE 512u
+#define KVX_LANES 8u
+// Of a warp.
+#define KVX_GROUPS (32u / KVX_LANES)
+// What grows the key from word to word; kvxfer_core::sum has the definition of the checksum.
+#define KVX_STEP 0x9E3779B97F4A7C15ull
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+// One run of bytes. kvxfer-cuda/src/device/kernels.rs has its twin.
+struct kvx_item {
+    u64 src;
+    u64 dst;        // 0: only summed
+    u64 len;        // at least 1
+    u64 key;        // kvxfer_core::sum::word_key of the run's first word
+    u32 slot;       // which sum
+    u32 first_tile; // ceil(len / KVX_TILE) of all items before, added up
+};
+
+struct kvx_pair {
+    u64 a, b;
+};
+
+#ifdef __CUDACC__
+
+#define KVX_KERNEL extern "C" __global__ __launch_bounds__(1024) void
+#define KVX_INLINE static __device__ __forceinline__
+#define KVX_UNROLL _Pragma("unroll")
+#define KVX_THREAD (blockIdx.x * blockDim.x + threadIdx.x)
+#define KVX_THREADS (gridDim.x * blockDim.x)
+
+// Every address passes here before bytes at it are touched.
+KVX_INLINE u64 kvx_at(u64 address, u64 len, int write) { return address; }
+
+// Written out, so that each load happens once (what is summed is what is stored), is as wide as it
+// says, and what is read once is not kept in L1. Volatile orders them among themselves only: the
+// loads of a tile all come before its first store.
+KVX_INLINE struct kvx_pair kvx_load16(u64 at)
+{
+    struct kvx_pair v;
+    asm volatile("ld.global.L1::no_allocate.v2.u64 {%0, %1}, [%2];" : "=l"(v.a), "=l"(v.b) : "l"(at));
+    return v;
+}
+
+KVX_INLINE u64 kvx_load8(u64 at)
+{
+    u64 v;
+    asm volatile("ld.global.u64 %0, [%1];" : "=l"(v) : "l"(at));
+    return v;
+}
+
+KVX_INLINE u32 kvx_load4(u64 at)
+{
+    u32 v;
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(at));
+    return v;
+}
+
+KVX_INLINE u32 kvx_load1(u64 at)
+{
+    u32 v;
+    asm volatile("ld.global.u8 %0, [%1];" : "=r"(v) : "l"(at));
+    return v;
+}
+
+KVX_INLINE void kvx_store16(u64 at, struct kvx_pair v)
+{
+    asm volatile("st.global.v2.u64 [%0], {%1, %2};" : : "l"(at), "l"(v.a), "l"(v.b));
+}
+
+KVX_INLINE void kvx_store8(u64 at, u64 v)
+{
+    asm volatile("st.global.u64 [%0], %1;" : : "l"(at), "l"(v));
+}
+
+KVX_INLINE void kvx_store1(u64 at, u32 v)
+{
+    asm volatile("st.global.u8 [%0], %1;" : : "l"(at), "r"(v));
+}
+
+KVX_INLINE void kvx_add(u64 at, u64 v)
+{
+    asm volatile("red.global.add.u64 [%0], %1;" : : "l"(at), "l"(v));
+}
+
+#else
+#include "host.h"
+#endif
+
+// What a word adds to the sum.
+KVX_INLINE u64 kvx_term(u64 word, u64 key)
+{
+    u64 x = word ^ key;
+    return x + (u64)(u32)x * (u32)(x >> 32);
+}
+
+KVX_INLINE u32 kvx_first_tile(u64 items, u32 index)
+{
+    // first_tile is the last field.
+    return kvx_load4(kvx_at(items + index * (u64)sizeof(struct kvx_item) + 36, 4, 0));
+}
+
+KVX_INLINE struct kvx_item kvx_item_at(u64 items, u32 index)
+{
+    struct kvx_item item;
+    u64 at = kvx_at(items + index * (u64)sizeof(struct kvx_item), sizeof(struct kvx_item), 0);
+    item.src = kvx_load8(at);
+    item.dst = kvx_load8(at + 8);
+    item.len = kvx_load8(at + 16);
+    item.key = kvx_load8(at + 24);
+    item.slot = kvx_load4(at + 32);
+    item.first_tile = kvx_load4(at + 36);
+    return item;
+}
+
+// The item that has the tile. Items of one length, which is what blocks are, take two loads;
+// otherwise it is a binary search.
+KVX_INLINE u32 kvx_find(u64 items, u32 n_items, u32 n_tiles, u32 tile)
+{
+    u32 low = 0, high = n_items - 1;
+    u32 guess = (u32)(((float)tile + 0.5f) * ((float)n_items / (float)n_tiles));
+    if (guess > high) {
+        guess = high;
+    }
+    if (kvx_first_tile(items, guess) > tile) {
+        high = guess - 1; // not below 0: the first item's first tile is tile 0
+    } else {
+        low = guess;
+        if (guess < high && kvx_first_tile(items, guess + 1) > tile) {
+            high = guess;
+        }
+    }
+    while (low < high) {
+        u32 middle = low + (high - low + 1) / 2;
+        if (kvx_first_tile(items, middle) > tile) {
+            high = middle - 1;
+        } else {
+            low = middle;
+        }
+    }
+    return low;
+}
+
+// The item that has a tile KVX_GROUPS after one of the item `index`: an item has at least one tile,
+// so there are KVX_GROUPS candidates, all looked at together.
+KVX_INLINE u32 kvx_next(u64 items, u32 n_items, u32 index, u32 tile)
+{
+    u32 steps = 0;
+    KVX_UNROLL
+    for (u32 k = 1; k <= KVX_GROUPS; k++) {
+        if (index + k < n_items) {
+            steps += kvx_first_tile(items, index + k) <= tile;
+        }
+    }
+    return index + steps;
+}
+
+// The words of `len` bytes from word `first` on, byte by byte; the last one may be cut off.
+KVX_INLINE u64 kvx_bytes(u64 src, u64 dst, u32 len, u32 first, u32 lane, u64 key)
+{
+    u64 sum = 0;
+    for (u32 at = (first + lane) * 8; at < len; at += KVX_LANES * 8) {
+        u32 here = len - at < 8 ? len - at : 8;
+        u64 word = 0;
+        KVX_UNROLL
+        for (u32 i = 0; i < 8; i++) {
+            if (i < here) {
+                word |= (u64)kvx_load1(src + at + i) << (8 * i);
+            }
+        }
+        if (dst != 0) {
+            KVX_UNROLL
+            for (u32 i = 0; i < 8; i++) {
+                if (i < here) {
+                    kvx_store1(dst + at + i, (u32)(word >> (8 * i)));
+                }
+            }
+        }
+        sum += kvx_term(word, key + at / 8 * KVX_STEP);
+    }
+    return sum;
+}
+
+// A whole tile in vectors of 16 bytes: all loads, then all stores, then the sum.
+KVX_INLINE u64 kvx_whole(u64 src, u64 dst, u32 lane, u64 key)
+{
+    enum { VECTORS = KVX_TILE / KVX_LANES / 16 };
+    struct kvx_pair v[VECTORS];
+    u64 sum = 0;
+    src += lane * 16;
+    key += lane * 2 * KVX_STEP;
+    KVX_UNROLL
+    for (u32 i = 0; i < VECTORS; i++) {
+        v[i] = kvx_load16(src + i * KVX_LANES * 16);
+    }
+    if (dst != 0) {
+        dst += lane * 16;
+        KVX_UNROLL
+        for (u32 i = 0; i < VECTORS; i++) {
+            kvx_store16(dst + i * KVX_LANES * 16, v[i]);
+        }
+    }
+    KVX_UNROLL
+    for (u32 i = 0; i < VECTORS; i++) {
+        sum += kvx_term(v[i].a, key + i * KVX_LANES * 2 * KVX_STEP);
+        sum += kvx_term(v[i].b, key + (i * KVX_LANES * 2 + 1) * KVX_STEP);
+    }
+    return sum;
+}
+
+// Part of a tile in vectors of 16 bytes, as many as there are; then the rest.
+KVX_INLINE u64 kvx_part(u64 src, u64 dst, u32 len, u32 lane, u64 key)
+{
+    enum { VECTORS = KVX_TILE / KVX_LANES / 16 };
+    struct kvx_pair v[VECTORS];
+    u64 sum = 0;
+    u32 vectors = len / 16;
+    KVX_UNROLL
+    for (u32 i = 0; i < VECTORS; i++) {
+        if (lane + i * KVX_LANES < vectors) {
+            v[i] = kvx_load16(src + (lane + i * KVX_LANES) * 16);
+        }
+    }
+    KVX_UNROLL
+    for (u32 i = 0; i < VECTORS; i++) {
+        u32 vector = lane + i * KVX_LANES;
+        if (vector < vectors) {
+            if (dst != 0) {
+                kvx_store16(dst + vector * 16, v[i]);
+            }
+            sum += kvx_term(v[i].a, key + vector * 2 * KVX_STEP);
+            sum += kvx_term(v[i].b, key + (vector * 2 + 1) * KVX_STEP);
+        }
+    }
+    if (len % 16 != 0) {
+        sum += kvx_bytes(src, dst, len, vectors * 2, lane, key);
+    }
+    return sum;
+}
+
+// A tile or part of one in words of 8 bytes; then the rest.
+KVX_INLINE u64 kvx_words(u64 src, u64 dst, u32 len, u32 lane, u64 key)
+{
+    enum { WORDS = KVX_TILE / KVX_LANES / 8 };
+    u64 v[WORDS];
+    u64 sum = 0;
+    u32 words = len / 8;
+    KVX_UNROLL
+    for (u32 i = 0; i < WORDS; i++) {
+        if (lane + i * KVX_LANES < words) {
+            v[i] = kvx_load8(src + (lane + i * KVX_LANES) * 8);
+        }
+    }
+    KVX_UNROLL
+    for (u32 i = 0; i < WORDS; i++) {
+        u32 word = lane + i * KVX_LANES;
+        if (word < words) {
+            if (dst != 0) {
+                kvx_store8(dst + word * 8, v[i]);
+            }
+            sum += kvx_term(v[i], key + word * KVX_STEP);
+        }
+    }
+    if (len % 8 != 0) {
+        sum += kvx_bytes(src, dst, len, words, lane, key);
+    }
+    return sum;
+}
+
+// What this lane adds for the tile that starts `offset` bytes into the item.
+KVX_INLINE u64 kvx_tile(const struct kvx_item *item, u64 offset, u32 lane)
+{
+    u64 left = item->len - offset;
+    u32 len = left < KVX_TILE ? (u32)left : KVX_TILE;
+    u64 key = item->key + offset / 8 * KVX_STEP;
+    u64 src = kvx_at(item->src + offset, len, 0);
+    u64 dst = item->dst != 0 ? kvx_at(item->dst + offset, len, 1) : 0;
+    u32 odd = (u32)(item->src | item->dst);
+    if (odd % 16 == 0) {
+        return len == KVX_TILE ? kvx_whole(src, dst, lane, key) : kvx_part(src, dst, len, lane, key);
+    }
+    return odd % 8 == 0 ? kvx_words(src, dst, len, lane, key) : kvx_bytes(src, dst, len, 0, lane, key);
+}
+
+KVX_INLINE void kvx_flush(u64 sums, u32 slot, u32 lane, u64 sum)
+{
+    kvx_add(kvx_at(sums + (slot * (u64)KVX_LANES + lane) * 8, 8, 1), sum);
+}
+
+// Copies and sums. `items` and `sums` are addresses on the device: `n_items` (at least 1) of kvx_item,
+// and KVX_LANES sums per slot, which are added to. `n_tiles` is below 2^31. Runs may not overlap, as
+// their order is nobody's. A block is a multiple of 32 threads, at most 1024.
+KVX_KERNEL kvx_copy_sum(u64 items, u64 n_items, u64 n_tiles, u64 sums)
+{
+    u32 lane = KVX_THREAD % KVX_LANES;
+    u32 warp = KVX_THREAD / 32, warps = KVX_THREADS / 32;
+    u32 steps = ((u32)n_tiles + KVX_GROUPS - 1) / KVX_GROUPS;
+    u32 span = (steps + warps - 1) / warps * KVX_GROUPS;
+    u32 end = warp * span + span < (u32)n_tiles ? warp * span + span : (u32)n_tiles;
+    u32 tile = warp * span + KVX_THREAD / KVX_LANES % KVX_GROUPS;
+    if (tile >= end) {
+        return;
+    }
+    u32 index = kvx_find(items, (u32)n_items, (u32)n_tiles, tile);
+    struct kvx_item item = kvx_item_at(items, index);
+    u64 offset = (u64)(tile - item.first_tile) * KVX_TILE;
+    u64 sum = 0;
+    for (;;) {
+        sum += kvx_tile(&item, offset, lane);
+        tile += KVX_GROUPS;
+        if (tile >= end) {
+            break;
+        }
+        offset += KVX_GROUPS * KVX_TILE;
+        if (offset >= item.len) {
+            u32 slot = item.slot;
+            index = kvx_next(items, (u32)n_items, index, tile);
+            item = kvx_item_at(items, index);
+            offset = (u64)(tile - item.first_tile) * KVX_TILE;
+            if (item.slot != slot) {
+                kvx_flush(sums, slot, lane, sum);
+                sum = 0;
+            }
+        }
+    }
+    kvx_flush(sums, item.slot, lane, sum);
+}
