@@ -7,6 +7,7 @@ pub mod agent;
 mod config;
 pub mod control;
 pub mod copy;
+pub mod driver;
 pub mod fds;
 mod identity;
 pub mod memory;
