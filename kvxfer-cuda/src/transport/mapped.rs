@@ -8,9 +8,10 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use kvxfer_core::sum::words;
-use kvxfer_core::transport::{Completion, Post, SegmentHandle, Transport, Write};
+use kvxfer_core::transport::{Completion, Post, SegmentHandle, Transport};
 use kvxfer_core::{Error, ErrorKind, Incarnation, PostId, Result, SegmentId};
 
+use super::overlap::Overlap;
 use crate::copy::{Stores, copy_summed, drain};
 use crate::memory::{Mapping, Regions};
 
@@ -54,8 +55,7 @@ pub struct Mapped<A> {
     cursor: Cursor,
     /// Ended outside of a poll.
     ended: Vec<Completion>,
-    /// For the check that writes do not overlap.
-    order: Vec<(SegmentId, u64, u64)>,
+    overlap: Overlap,
 }
 
 struct Queued {
@@ -96,7 +96,7 @@ impl<A: Attach> Mapped<A> {
             copies: VecDeque::with_capacity(WRITES),
             cursor: Cursor::default(),
             ended: Vec::new(),
-            order: Vec::new(),
+            overlap: Overlap::default(),
         }
     }
 
@@ -121,33 +121,7 @@ impl<A: Attach> Mapped<A> {
                 len: write.len,
             });
         }
-        self.refuse_overlap(post.writes)
-    }
-
-    /// Two writes to the same bytes would leave a sum that fits nothing.
-    fn refuse_overlap(&mut self, writes: &[Write]) -> Result<()> {
-        let place = |write: &Write| (write.segment, write.dst, write.dst + write.len);
-        let apart = |a: (SegmentId, u64, u64), b: (SegmentId, u64, u64)| a.0 < b.0 || a.2 <= b.1;
-        // They mostly come in order.
-        let in_order = |writes: &[Write]| {
-            let pairs = writes.windows(2);
-            pairs.into_iter().all(|pair| {
-                pair[0].segment <= pair[1].segment && apart(place(&pair[0]), place(&pair[1]))
-            })
-        };
-        if in_order(writes) {
-            return Ok(());
-        }
-        self.order.clear();
-        self.order.extend(writes.iter().filter(|write| write.len > 0).map(place));
-        self.order.sort_unstable();
-        match self.order.windows(2).find(|pair| !apart(pair[0], pair[1])) {
-            None => Ok(()),
-            Some(pair) => Err(ErrorKind::OutOfBounds.error(format!(
-                "two writes of a post overlap in segment {} at {}",
-                pair[0].0, pair[1].1
-            ))),
-        }
+        self.overlap.refuse(post.writes)
     }
 
     /// Ends the posts that name a segment of a peer, or any.

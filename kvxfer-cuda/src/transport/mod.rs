@@ -10,6 +10,7 @@
 pub mod fault;
 pub mod local;
 mod mapped;
+mod overlap;
 pub mod shm;
 
 use kvxfer_core::{ErrorKind, Result};
