@@ -41,7 +41,20 @@ pub enum PeerLink {
     None {
         /// Why not.
         why: &'static str,
+        /// What to do about it.
+        fix: &'static str,
     },
+}
+
+impl fmt::Display for PeerLink {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Same => "same GPU",
+            Self::NvLink => "NVLink",
+            Self::Pcie => "PCIe",
+            Self::None { why, .. } => why,
+        })
+    }
 }
 
 /// A GPU and its primary context, which is the one that torch uses. The context is kept until the last
@@ -112,16 +125,16 @@ impl Device {
         Ok(Self(Arc::new(Inner { driver, raw, ordinal, uuid, name, context })))
     }
 
-    /// The device with that name, if this process sees it.
-    ///
-    /// # Errors
-    /// As [`Device::open`].
-    pub fn find(driver: Shared, uuid: Uuid) -> Result<Option<Self>> {
-        for ordinal in 0..Self::count(&driver)? {
+    /// The handle of the device with that name, if this process sees it.
+    fn lookup(driver: &Shared, uuid: Uuid) -> Result<Option<RawDevice>> {
+        for ordinal in 0..Self::count(driver)? {
             // SAFETY: the handle comes from the driver.
-            let found = unsafe { driver.device_uuid(driver.device(ordinal)?)? };
+            let (raw, found) = unsafe {
+                let raw = driver.device(ordinal)?;
+                (raw, driver.device_uuid(raw)?)
+            };
             if found == uuid.0 {
-                return Self::open(driver, ordinal).map(Some);
+                return Ok(Some(raw));
             }
         }
         Ok(None)
@@ -228,25 +241,37 @@ impl Device {
         unsafe { self.0.driver.memory_info() }
     }
 
-    /// How this device reaches `other`'s memory.
+    /// How this device reaches the memory of the one with that name. Retains no context there.
     ///
     /// # Errors
     /// The driver's.
-    pub fn link_to(&self, other: &Device) -> Result<PeerLink> {
-        if self.0.uuid == other.0.uuid {
+    pub fn link_to(&self, other: Uuid) -> Result<PeerLink> {
+        if self.is_mig() {
+            return Ok(PeerLink::None {
+                why: "it is a MIG slice, which shares no memory with other processes",
+                fix: "give kvxfer whole GPUs, or set kv_buffer_device to cpu",
+            });
+        }
+        if self.0.uuid == other {
             return Ok(PeerLink::Same);
         }
-        if self.is_mig() || other.is_mig() {
-            return Ok(PeerLink::None { why: "a MIG slice has no peers" });
-        }
+        let Some(peer) = Self::lookup(&self.0.driver, other)? else {
+            return Ok(PeerLink::None {
+                why: "that GPU is not visible to this process",
+                fix: "let both containers see both GPUs (--gpus all), and choose with \
+                      CUDA_VISIBLE_DEVICES",
+            });
+        };
         // SAFETY: both handles are the driver's.
         unsafe {
-            if !self.0.driver.can_access_peer(self.0.raw, other.0.raw)? {
+            if !self.0.driver.can_access_peer(self.0.raw, peer)? {
                 return Ok(PeerLink::None {
                     why: "the driver allows no peer access between the two",
+                    fix: "choose GPUs that nvidia-smi topo -p2p w shows as OK, or set \
+                          kv_buffer_device to cpu",
                 });
             }
-            let nvlink = self.0.driver.native_peer_atomics(self.0.raw, other.0.raw)?;
+            let nvlink = self.0.driver.native_peer_atomics(self.0.raw, peer)?;
             Ok(if nvlink { PeerLink::NvLink } else { PeerLink::Pcie })
         }
     }
