@@ -7,11 +7,13 @@ pub mod agent;
 mod config;
 pub mod control;
 pub mod copy;
+pub mod device;
 pub mod driver;
 pub mod fds;
 mod identity;
 pub mod memory;
 mod observer;
+mod planted;
 pub mod transport;
 
 pub use agent::{Agent, AgentStats, KvLayer, Loaded};

@@ -16,6 +16,7 @@ use rustix::io::{FdFlags, fcntl_setfd};
 use super::error::{CudaError, Result, code};
 use super::handles::*;
 use super::{Attribute, Driver};
+use crate::planted::{Bug, planted};
 
 /// The driver of this machine, initialised. What the first call found, driver or error, is the answer to all.
 ///
@@ -552,8 +553,13 @@ unsafe impl Driver for Cuda {
             type_: sys::CUmemLocationType::CU_MEM_LOCATION_TYPE_INVALID,
             id: 0,
         };
+        let order = if planted(Bug::BatchOutOfOrder) {
+            sys::CUmemcpySrcAccessOrder::CU_MEMCPY_SRC_ACCESS_ORDER_ANY
+        } else {
+            sys::CUmemcpySrcAccessOrder::CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
+        };
         let mut attributes = sys::CUmemcpyAttributes {
-            srcAccessOrder: sys::CUmemcpySrcAccessOrder::CU_MEMCPY_SRC_ACCESS_ORDER_STREAM,
+            srcAccessOrder: order,
             srcLocHint: nowhere,
             dstLocHint: nowhere,
             flags: 0,

@@ -20,6 +20,6 @@ pub use pool::HostPool;
 pub use regions::Regions;
 
 /// Whether `len` bytes from `offset` lie inside `bytes`.
-fn inside(bytes: u64, offset: u64, len: u64) -> bool {
+pub(crate) fn inside(bytes: u64, offset: u64, len: u64) -> bool {
     offset.checked_add(len).is_some_and(|end| end <= bytes)
 }

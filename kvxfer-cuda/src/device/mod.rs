@@ -1,0 +1,18 @@
+//! One GPU: the engine's memory on it, and the copies that it makes by itself.
+//!
+//! * [`DeviceRegions`]: what the engine registered, by number.
+//! * [`Copier`]: copies between device addresses, with checksums, on a stream of its own.
+//!
+//! Device memory is an address here, never a pointer: the host neither reads nor writes it.
+
+mod calibrate;
+mod copier;
+mod kernels;
+mod queue;
+mod regions;
+mod slots;
+mod table;
+mod waiter;
+
+pub use copier::{Copier, CopierConfig, Done, Span, Summed};
+pub use regions::DeviceRegions;
