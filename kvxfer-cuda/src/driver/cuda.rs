@@ -5,16 +5,17 @@
 //! of a newer driver would make undefined behaviour. So the entry points are looked up here, by their
 //! versioned names, and answer integers.
 
-use std::ffi::{CStr, c_char, c_int, c_uint, c_ulonglong, c_void};
+use std::ffi::{CStr, c_char, c_int, c_uint, c_ulonglong};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::ptr;
 use std::sync::{Arc, OnceLock};
-use std::{mem, ptr};
 
 use cudarc::driver::sys;
 use rustix::io::{FdFlags, fcntl_setfd};
 
 use super::error::{CudaError, Result, code};
 use super::handles::*;
+use super::table::{Table, Untyped};
 use super::{Attribute, Driver};
 use crate::planted::{Bug, planted};
 
@@ -37,118 +38,6 @@ pub fn cuda() -> Result<Arc<dyn Driver>> {
         Ok(Arc::new(cuda))
     })
     .clone()
-}
-
-/// An entry point and its name.
-#[derive(Debug)]
-struct Entry<F> {
-    name: &'static str,
-    call: F,
-}
-
-/// An entry point of a type that is not known yet.
-type Untyped = unsafe extern "C" fn() -> c_int;
-
-macro_rules! table {
-    (
-        required { $($field:ident: $symbol:ident($($arg:ty),*);)* }
-        optional { $($maybe:ident: $new:ident($($new_arg:ty),*);)* }
-    ) => {
-        /// The entry points.
-        #[derive(Debug)]
-        struct Table {
-            $($field: Entry<unsafe extern "C" fn($($arg),*) -> c_int>,)*
-            $($maybe: Option<Entry<unsafe extern "C" fn($($new_arg),*) -> c_int>>,)*
-        }
-
-        impl Table {
-            /// # Safety
-            /// `find` gives for each name what the driver has under it, and that stays loaded.
-            unsafe fn load(find: impl Fn(&'static str) -> Option<Untyped>) -> Result<Self> {
-                Ok(Self {
-                    $($field: {
-                        let name = stringify!($symbol);
-                        let call = find(name).ok_or(CudaError::MissingSymbol { symbol: name })?;
-                        // SAFETY: the driver's header declares that name with these types.
-                        Entry { name, call: unsafe { mem::transmute::<Untyped, unsafe extern "C" fn($($arg),*) -> c_int>(call) } }
-                    },)*
-                    $($maybe: {
-                        let name = stringify!($new);
-                        // SAFETY: as above.
-                        find(name).map(|call| Entry { name, call: unsafe { mem::transmute::<Untyped, unsafe extern "C" fn($($new_arg),*) -> c_int>(call) } })
-                    },)*
-                })
-            }
-        }
-    };
-}
-
-table! {
-    required {
-        init: cuInit(c_uint);
-        version: cuDriverGetVersion(*mut c_int);
-        device_count: cuDeviceGetCount(*mut c_int);
-        device: cuDeviceGet(*mut RawDevice, c_int);
-        device_name: cuDeviceGetName(*mut c_char, c_int, RawDevice);
-        device_uuid: cuDeviceGetUuid_v2(*mut [u8; 16], RawDevice);
-        device_attribute: cuDeviceGetAttribute(*mut c_int, c_int, RawDevice);
-        can_access_peer: cuDeviceCanAccessPeer(*mut c_int, RawDevice, RawDevice);
-        p2p_attribute: cuDeviceGetP2PAttribute(*mut c_int, c_int, RawDevice, RawDevice);
-        context_retain: cuDevicePrimaryCtxRetain(*mut RawContext, RawDevice);
-        context_release: cuDevicePrimaryCtxRelease_v2(RawDevice);
-        context_current: cuCtxGetCurrent(*mut RawContext);
-        context_set: cuCtxSetCurrent(RawContext);
-        priority_range: cuCtxGetStreamPriorityRange(*mut c_int, *mut c_int);
-        capture_mode: cuThreadExchangeStreamCaptureMode(*mut c_int);
-        memory_info: cuMemGetInfo_v2(*mut usize, *mut usize);
-        memory_granularity: cuMemGetAllocationGranularity(*mut usize, *const sys::CUmemAllocationProp, c_int);
-        memory_create: cuMemCreate(*mut RawMemory, usize, *const sys::CUmemAllocationProp, c_ulonglong);
-        memory_release: cuMemRelease(RawMemory);
-        memory_export: cuMemExportToShareableHandle(*mut c_void, RawMemory, c_int, c_ulonglong);
-        memory_import: cuMemImportFromShareableHandle(*mut RawMemory, *mut c_void, c_int);
-        address_reserve: cuMemAddressReserve(*mut DevicePtr, usize, usize, DevicePtr, c_ulonglong);
-        address_free: cuMemAddressFree(DevicePtr, usize);
-        map: cuMemMap(DevicePtr, usize, usize, RawMemory, c_ulonglong);
-        unmap: cuMemUnmap(DevicePtr, usize);
-        set_access: cuMemSetAccess(DevicePtr, usize, *const sys::CUmemAccessDesc, usize);
-        pointer_attribute: cuPointerGetAttribute(*mut c_void, c_int, DevicePtr);
-        alloc: cuMemAlloc_v2(*mut DevicePtr, usize);
-        free: cuMemFree_v2(DevicePtr);
-        ipc_handle: cuIpcGetMemHandle(*mut sys::CUipcMemHandle, DevicePtr);
-        ipc_open: cuIpcOpenMemHandle_v2(*mut DevicePtr, sys::CUipcMemHandle, c_uint);
-        ipc_close: cuIpcCloseMemHandle(DevicePtr);
-        host_alloc: cuMemHostAlloc(*mut *mut c_void, usize, c_uint);
-        host_free: cuMemFreeHost(*mut c_void);
-        stream_create: cuStreamCreateWithPriority(*mut RawStream, c_uint, c_int);
-        stream_destroy: cuStreamDestroy_v2(RawStream);
-        stream_query: cuStreamQuery(RawStream);
-        stream_synchronize: cuStreamSynchronize(RawStream);
-        stream_wait: cuStreamWaitEvent(RawStream, RawEvent, c_uint);
-        stream_is_capturing: cuStreamIsCapturing(RawStream, *mut c_int);
-        event_create: cuEventCreate(*mut RawEvent, c_uint);
-        event_destroy: cuEventDestroy_v2(RawEvent);
-        event_record: cuEventRecord(RawEvent, RawStream);
-        event_query: cuEventQuery(RawEvent);
-        event_synchronize: cuEventSynchronize(RawEvent);
-        copy: cuMemcpyAsync(DevicePtr, DevicePtr, usize, RawStream);
-        upload: cuMemcpyHtoDAsync_v2(DevicePtr, *const c_void, usize, RawStream);
-        download: cuMemcpyDtoHAsync_v2(*mut c_void, DevicePtr, usize, RawStream);
-        fill: cuMemsetD8Async(DevicePtr, u8, usize, RawStream);
-        module_load: cuModuleLoadData(*mut RawModule, *const c_void);
-        module_unload: cuModuleUnload(RawModule);
-        module_function: cuModuleGetFunction(*mut RawFunction, RawModule, *const c_char);
-        launch: cuLaunchKernel(RawFunction, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, RawStream, *mut *mut u64, *mut *mut c_void);
-    }
-    optional {
-        // 13.0 and newer.
-        copy_batch_v2: cuMemcpyBatchAsync_v2(*mut DevicePtr, *mut DevicePtr, *mut usize, usize, *mut sys::CUmemcpyAttributes, *mut usize, usize, RawStream);
-        // 12.8 and newer; tells where it failed.
-        copy_batch_v1: cuMemcpyBatchAsync(*mut DevicePtr, *mut DevicePtr, *mut usize, usize, *mut sys::CUmemcpyAttributes, *mut usize, usize, *mut usize, RawStream);
-        hold: cuStreamWaitValue32_v2(RawStream, DevicePtr, u32, c_uint);
-        capture_begin: cuStreamBeginCapture_v2(RawStream, c_int);
-        capture_end: cuStreamEndCapture(RawStream, *mut *mut c_void);
-        graph_destroy: cuGraphDestroy(*mut c_void);
-    }
 }
 
 /// The library's entry points. They stay: cudarc never closes it.

@@ -373,3 +373,23 @@ impl Device {
         Module::new(self, ptx)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::{CudaError, cuda};
+    use super::*;
+
+    #[test]
+    fn a_uuid_prints_as_nvidia_smi_prints_it() {
+        let uuid = Uuid(std::array::from_fn(|at| at as u8 * 17));
+        assert_eq!(uuid.to_string(), "GPU-00112233-4455-6677-8899-aabbccddeeff");
+    }
+
+    #[test]
+    fn without_a_library_everything_is_the_same_error() {
+        let Err(error) = cuda() else { return };
+        assert!(matches!(error, CudaError::NoLibrary { .. } | CudaError::NoDevice), "{error}");
+        assert_eq!(cuda().unwrap_err(), error);
+        assert_eq!(super::super::device_count(), Err(error));
+    }
+}

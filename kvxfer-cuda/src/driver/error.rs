@@ -231,3 +231,82 @@ const NAMES: &[(i32, &str)] = &[
     (911, "EXTERNAL_DEVICE"),
     (999, "UNKNOWN"),
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn failed(code: i32) -> CudaError {
+        CudaError::Failed { call: "cuMemCreate", code }
+    }
+
+    #[test]
+    fn errors_print_without_a_driver() {
+        assert_eq!(failed(2).to_string(), "cuMemCreate: CUDA_ERROR_OUT_OF_MEMORY (2)");
+        // Of a driver that is newer than the table.
+        assert_eq!(failed(4321).to_string(), "cuMemCreate: error 4321");
+        for code in (-5..2000).chain([i32::MIN, i32::MAX]) {
+            let text = format!("{} {:?}", failed(code), failed(code));
+            assert!(text.contains(&code.to_string()), "{text}");
+        }
+        let why = CudaError::NoLibrary { why: "libcuda.so.1 can't be opened" };
+        assert_eq!(why.to_string(), "no CUDA driver: libcuda.so.1 can't be opened");
+        assert_eq!(
+            CudaError::OutOfBounds { offset: 8, len: 4, bytes: 10 }.to_string(),
+            "4 bytes from 8 leave memory of 10 bytes"
+        );
+    }
+
+    #[test]
+    fn names_are_found_and_are_cudarcs() {
+        use cudarc::driver::sys::cudaError_enum as Code;
+        assert!(NAMES.is_sorted_by(|one, other| one.0 < other.0));
+        for code in [
+            Code::CUDA_ERROR_INVALID_VALUE,
+            Code::CUDA_ERROR_NO_DEVICE,
+            Code::CUDA_ERROR_NVLINK_UNCORRECTABLE,
+            Code::CUDA_ERROR_OPERATING_SYSTEM,
+            Code::CUDA_ERROR_NOT_FOUND,
+            Code::CUDA_ERROR_ILLEGAL_ADDRESS,
+            Code::CUDA_ERROR_LAUNCH_FAILED,
+            Code::CUDA_ERROR_MPS_CLIENT_TERMINATED,
+            Code::CUDA_ERROR_STREAM_CAPTURE_IMPLICIT,
+            Code::CUDA_ERROR_EXTERNAL_DEVICE,
+        ] {
+            let (name, code) = (format!("{code:?}"), code as i32);
+            assert_eq!(super::Code(code).to_string(), format!("{name} ({code})"));
+        }
+    }
+
+    #[test]
+    fn what_ends_a_context_is_told_from_what_fails_once() {
+        for code in [214, 220, 700, 702, 715, 716, 719] {
+            assert!(failed(code).is_sticky(), "{code}");
+        }
+        for code in [1, 2, 101, 217, 400, 600, 701, 801, 900, 999] {
+            assert!(!failed(code).is_sticky(), "{code}");
+        }
+        assert!(!CudaError::NoDevice.is_sticky());
+        assert!(failed(2).is_out_of_memory() && !failed(1).is_out_of_memory());
+    }
+
+    #[test]
+    fn users_read_what_to_do() {
+        let of = |error: CudaError| kvxfer_core::Error::from(error);
+        let error = of(CudaError::NoLibrary { why: "libcuda.so.1 can't be opened" });
+        assert_eq!(error.kind(), ErrorKind::Device);
+        assert_eq!(
+            error.to_string(),
+            "no CUDA driver: libcuda.so.1 can't be opened (install the NVIDIA driver, or in a container \
+             start it with --gpus)"
+        );
+        assert!(of(failed(2)).to_string().contains("buffer_size"));
+        assert!(of(CudaError::NoDevice).to_string().contains("CUDA_VISIBLE_DEVICES"));
+        assert!(
+            of(CudaError::MissingSymbol { symbol: "cuMemMap" }).to_string().contains("cuMemMap")
+        );
+        assert_eq!(of(failed(719)).to_string(), "cuMemCreate: CUDA_ERROR_LAUNCH_FAILED (719)");
+        let range = of(CudaError::OutOfBounds { offset: 8, len: 4, bytes: 10 });
+        assert_eq!(range.kind(), ErrorKind::OutOfBounds);
+    }
+}

@@ -21,6 +21,7 @@ mod memory;
 mod module;
 mod pinned;
 mod stream;
+mod table;
 
 use std::ffi::CStr;
 use std::fmt::Debug;

@@ -53,14 +53,13 @@ impl Pinned {
     /// `OutOfBounds`.
     pub fn write(&self, offset: u64, from: &[u8]) -> Result<()> {
         let to = self.at(offset, from.len() as u64)?;
-        if offset.is_multiple_of(8) && from.len().is_multiple_of(8) {
+        let words = to.cast::<u64>();
+        if words.is_aligned() && from.len().is_multiple_of(8) {
             for (at, word) in from.chunks_exact(8).enumerate() {
                 let mut bytes = [0; 8];
                 bytes.copy_from_slice(word);
-                // SAFETY: `at` checked the range; pinned memory starts at a page, so it is aligned.
-                unsafe {
-                    to.cast::<[u64; 1]>().add(at).write_volatile([u64::from_ne_bytes(bytes)])
-                };
+                // SAFETY: `at` checked the range; it is aligned.
+                unsafe { words.add(at).write_volatile(u64::from_ne_bytes(bytes)) };
             }
         } else {
             for (at, &byte) in from.iter().enumerate() {
@@ -77,10 +76,11 @@ impl Pinned {
     /// `OutOfBounds`.
     pub fn read(&self, offset: u64, into: &mut [u8]) -> Result<()> {
         let from = self.at(offset, into.len() as u64)?;
-        if offset.is_multiple_of(8) && into.len().is_multiple_of(8) {
+        let words = from.cast::<u64>();
+        if words.is_aligned() && into.len().is_multiple_of(8) {
             for (at, word) in into.chunks_exact_mut(8).enumerate() {
-                // SAFETY: `at` checked the range; pinned memory starts at a page, so it is aligned.
-                let value = unsafe { from.cast::<u64>().add(at).read_volatile() };
+                // SAFETY: `at` checked the range; it is aligned.
+                let value = unsafe { words.add(at).read_volatile() };
                 word.copy_from_slice(&value.to_ne_bytes());
             }
         } else {
