@@ -60,7 +60,7 @@ fn field(text: &str, name: &str) -> Option<u64> {
 }
 
 /// A number of bytes as people write it: "64 MiB", "1.5 GiB".
-pub(super) struct Bytes(pub(super) u64);
+pub(crate) struct Bytes(pub(crate) u64);
 
 impl fmt::Display for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -6,7 +6,9 @@
 //! |---|---|---|
 //! | [`Local`] | agents of this process | stores into their segments |
 //! | [`Shm`] | processes of this host | the same, into their memfds |
+//! | [`CudaIpc`] | GPUs of this host | copies of this GPU, into theirs |
 
+pub mod cuda_ipc;
 pub mod fault;
 pub mod local;
 mod mapped;
@@ -15,6 +17,7 @@ pub mod shm;
 
 use kvxfer_core::{ErrorKind, Result};
 
+pub use cuda_ipc::CudaIpc;
 pub use fault::Fault;
 pub use local::Local;
 pub use mapped::{Attach, Mapped};

@@ -5,7 +5,9 @@ use kvxfer_core::{ErrorKind, Incarnation, PostId, SegmentId};
 use proptest::prelude::*;
 use proptest::test_runner::{Config, TestRunner};
 
-use crate::bench::{BYTES, Bench};
+use std::time::Instant;
+
+use crate::bench::{BYTES, Bench, DEADLINE};
 use crate::model::{Model, ONE, ZERO, ends, write};
 
 pub fn an_accepted_post_ends_once_and_is_visible(bench: &mut dyn Bench) {
@@ -211,11 +213,16 @@ pub fn detaching_ends_what_is_under_way_once(bench: &mut dyn Bench) {
     let mut out = Vec::new();
     bench.transport().poll(100_000, &mut out);
     bench.transport().detach(gone, None);
-    let at_detach: Vec<u8> = bench.read(0, ZERO, 0, BYTES);
-    // They come out of the next poll, whatever its budget.
-    bench.transport().poll(0, &mut out);
-    let of_gone = out.iter().filter(|end| end.peer == gone).count();
-    assert_eq!(of_gone, 5, "{out:?}");
+    // They come out of polls without a budget: the next one, where polls are what moves bytes.
+    let (start, mut polls) = (Instant::now(), 0);
+    let mut of_gone = 0;
+    while of_gone < 5 {
+        assert!(start.elapsed() < DEADLINE && (bench.by_itself() || polls == 0), "{out:?}");
+        bench.transport().poll(0, &mut out);
+        polls += 1;
+        of_gone = out.iter().filter(|end| end.peer == gone).count();
+    }
+    let at_end: Vec<u8> = bench.read(0, ZERO, 0, BYTES);
 
     out.extend(bench.settle());
     let mut ids: Vec<_> = out.iter().map(|end| end.id.0).collect();
@@ -230,8 +237,8 @@ pub fn detaching_ends_what_is_under_way_once(bench: &mut dyn Bench) {
         }
     }
     // No byte moved after the end.
-    assert!(bench.read(0, ZERO, 0, BYTES) == at_detach);
-    assert!(bench.read(1, ZERO, 0, BYTES) != at_detach);
+    assert!(bench.read(0, ZERO, 0, BYTES) == at_end);
+    assert!(bench.read(1, ZERO, 0, BYTES) != at_end);
     bench.post(0, 99, 0, &[write(0, 0, ZERO, 0, 8)]).unwrap_err();
     bench.transport().detach(gone, None);
     assert_eq!(ends(bench), []);
@@ -273,12 +280,13 @@ pub fn attaching_again_replaces(bench: &mut dyn Bench) {
     bench.post(0, 1, 0, &writes).unwrap();
     let mut out = Vec::new();
     bench.transport().poll(50_000, &mut out);
+    let finished = !out.is_empty();
     bench.replace(0, ZERO);
     bench.attach(0, ZERO);
     out.extend(bench.settle());
     assert_eq!(out.len(), 1);
     // `Ok` would say that the consumer can see the bytes, and it looks at other memory now.
-    assert!(out[0].result.is_err());
+    assert!(finished || out[0].result.is_err());
     model.check(bench);
 
     bench.post(0, 2, 0, &writes).unwrap();
@@ -385,6 +393,10 @@ pub fn random_posts_leave_what_a_model_says(bench: &mut dyn Bench) {
                 bench.post(*consumer, id, *seed, writes).unwrap();
                 expected.push((id, bench.peer(*consumer), model.post(*consumer, *seed, writes)));
                 bench.transport().poll(*budget, &mut out);
+                if bench.by_itself() {
+                    // These posts overlap, and such a transport knows no order of posts.
+                    out.extend(bench.settle());
+                }
             }
             out.extend(bench.settle());
             let mut ended: Vec<_> =

@@ -6,12 +6,13 @@
 
 mod bench;
 mod clauses;
+mod cuda;
 mod model;
 
-/// Runs each clause on a bench of its own.
+/// Runs each clause on a bench of its own, and those that hold for this transport only.
 macro_rules! conformance {
-    ($transport:ident, $bench:expr) => {
-        conformance!($transport, $bench, clauses: [
+    ($transport:ident, $bench:expr $(, $own:ident)*) => {
+        conformance!(@ $transport, $bench, [
             an_accepted_post_ends_once_and_is_visible,
             a_refused_post_leaves_no_trace,
             ranges_are_checked_without_overflow,
@@ -20,7 +21,6 @@ macro_rules! conformance {
             empty_posts_and_empty_writes_end_well,
             block_sizes_and_alignments,
             the_sum_runs_over_spans_in_order,
-            a_small_budget_moves_a_little_and_no_budget_nothing,
             posts_to_two_peers_stay_apart,
             detaching_ends_what_is_under_way_once,
             detaching_one_segment_leaves_the_others,
@@ -29,23 +29,28 @@ macro_rules! conformance {
             a_full_queue_can_be_retried,
             a_post_larger_than_the_queue_is_taken_alone,
             random_posts_leave_what_a_model_says,
+            $($own,)*
         ]);
     };
-    ($transport:ident, $bench:expr, clauses: [$($clause:ident,)*]) => {
+    (@ $transport:ident, $bench:expr, [$($clause:ident,)*]) => {
         mod $transport {
             $(
                 #[test]
                 fn $clause() {
-                    super::clauses::$clause(&mut $bench);
+                    let Some(mut bench) = $bench else { return };
+                    super::clauses::$clause(&mut bench);
                 }
             )*
         }
     };
 }
 
-conformance!(local, super::bench::local());
-conformance!(shm, super::bench::shm());
+// The calls of `poll` are what moves the bytes of these.
+conformance!(local, super::bench::local(), a_small_budget_moves_a_little_and_no_budget_nothing);
+conformance!(shm, super::bench::shm(), a_small_budget_moves_a_little_and_no_budget_nothing);
 // The decorator does nothing when it is not told to.
-conformance!(fault, super::bench::faultless());
+conformance!(fault, super::bench::faultless(), a_small_budget_moves_a_little_and_no_budget_nothing);
+// Only where there is a driver, or a stand-in for one.
+conformance!(cuda_ipc, super::cuda::cuda_ipc());
 
 mod faults;
