@@ -1,5 +1,6 @@
 //! One GPU: the engine's memory on it, and the copies that it makes by itself.
 //!
+//! * [`DevicePool`]: the consumer's segments.
 //! * [`DeviceRegions`]: what the engine registered, by number.
 //! * [`Copier`]: copies between device addresses, with checksums, on a stream of its own.
 //!
@@ -8,6 +9,7 @@
 mod calibrate;
 mod copier;
 mod kernels;
+mod pool;
 mod queue;
 mod regions;
 mod slots;
@@ -15,4 +17,5 @@ mod table;
 mod waiter;
 
 pub use copier::{Copier, CopierConfig, Done, Span, Summed};
+pub use pool::{DevicePool, Fresh};
 pub use regions::DeviceRegions;

@@ -48,7 +48,7 @@ pub fn cuda_ipc() -> Option<impl Bench> {
         pool
     };
     let consumers = [(); 2].map(|()| (next_peer(), pool()));
-    let staging = Arc::new(device.pinned(BYTES).unwrap());
+    let staging = device.pinned(BYTES).unwrap();
     let mut bench = CudaBench { transport, consumers, memory, stream, staging };
     for consumer in 0..2 {
         for segment in 0..SEGMENTS {
@@ -63,7 +63,7 @@ impl CudaBench {
         self.stream.download(&self.staging, 0, from, len).unwrap();
         self.stream.synchronize().unwrap();
         let mut bytes = vec![0; len as usize];
-        self.staging.read(0, &mut bytes);
+        self.staging.read(0, &mut bytes).unwrap();
         bytes
     }
 }
@@ -96,7 +96,7 @@ impl Bench for CudaBench {
     }
 
     fn fill(&mut self, region: RegionId, offset: u64, bytes: &[u8]) {
-        self.staging.write(0, bytes);
+        self.staging.write(0, bytes).unwrap();
         let to = self.memory[region.0 as usize].ptr().offset(offset);
         self.stream.upload(to, &self.staging, 0, bytes.len() as u64).unwrap();
         self.stream.synchronize().unwrap();

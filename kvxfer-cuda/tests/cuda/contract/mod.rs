@@ -1,3 +1,0 @@
-//! What we rely on the driver for: one test for each behaviour, for any driver.
-
-mod streams;
