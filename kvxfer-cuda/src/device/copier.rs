@@ -111,7 +111,7 @@ pub struct Copier {
     oldest: usize,
     under_way: usize,
     launched: Arc<Event>,
-    queue: Queue,
+    queue: Queue<Event>,
     waiter: Waiter,
     sms: u32,
     kernel_below: u64,

@@ -13,15 +13,15 @@ use kvxfer_core::{Error, ErrorKind, Result};
 
 use super::table::Table;
 use super::{Done, Span};
-use crate::driver::Event;
 
 /// The most tasks that have not ended.
 const TASKS: usize = 1 << 12;
 /// The most spans that were not launched, of all tasks; a task with more is taken when it is alone.
 const SPANS: usize = 1 << 16;
 
+/// `E`: an event to wait for.
 #[derive(Debug)]
-pub(super) struct Queue {
+pub(super) struct Queue<E> {
     tasks: VecDeque<Task>,
     /// Number of the first of `tasks`; they are numbered in order.
     first: u64,
@@ -30,7 +30,7 @@ pub(super) struct Queue {
     /// Not taken, of the tasks from `next` on.
     spans: VecDeque<Span>,
     /// What is to be waited for, in order, and the number of the first task after that.
-    waits: VecDeque<(u64, Arc<Event>)>,
+    waits: VecDeque<(u64, Arc<E>)>,
 }
 
 #[derive(Debug)]
@@ -44,7 +44,7 @@ struct Task {
     error: Option<Error>,
 }
 
-impl Queue {
+impl<E> Queue<E> {
     pub(super) fn new() -> Self {
         Self {
             tasks: VecDeque::with_capacity(TASKS),
@@ -81,17 +81,17 @@ impl Queue {
     }
 
     /// The tasks pushed from now on come after this event.
-    pub(super) fn wait_for(&mut self, event: &Arc<Event>) {
+    pub(super) fn wait_for(&mut self, event: &Arc<E>) {
         let before = self.first + self.tasks.len() as u64;
         // Again, by somebody for whom there was no room after the first time.
-        let again = |(task, last): &(u64, Arc<Event>)| *task == before && Arc::ptr_eq(last, event);
+        let again = |(task, last): &(u64, Arc<E>)| *task == before && Arc::ptr_eq(last, event);
         if !self.waits.back().is_some_and(again) {
             self.waits.push_back((before, Arc::clone(event)));
         }
     }
 
     /// An event to wait for before the next [`Queue::take`], which is to be called once this has no more.
-    pub(super) fn wait(&mut self) -> Option<Arc<Event>> {
+    pub(super) fn wait(&mut self) -> Option<Arc<E>> {
         let empty = |queue: &Self| queue.task(queue.next).is_some_and(|task| task.queued == 0);
         while empty(self) {
             self.next += 1;
@@ -169,3 +169,6 @@ impl Queue {
         self.tasks.iter_mut().skip(start).take(count).enumerate().for_each(|(i, task)| f(i, task));
     }
 }
+
+#[cfg(test)]
+mod tests;
