@@ -1,7 +1,7 @@
 //! What crosses the boundary: result codes, pointers of the caller, and the frame around each entry
 //! point.
 
-use std::ffi::{CStr, c_char, c_int};
+use std::ffi::{CStr, c_char, c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::faults;
@@ -32,6 +32,7 @@ impl Code {
     pub(crate) const LAUNCH_OUT_OF_RESOURCES: Self = Self(701);
     pub(crate) const PEER_ACCESS_ALREADY_ENABLED: Self = Self(704);
     pub(crate) const PEER_ACCESS_NOT_ENABLED: Self = Self(705);
+    pub(crate) const CONTEXT_IS_DESTROYED: Self = Self(709);
     pub(crate) const HOST_MEMORY_ALREADY_REGISTERED: Self = Self(712);
     pub(crate) const HOST_MEMORY_NOT_REGISTERED: Self = Self(713);
     pub(crate) const NOT_SUPPORTED: Self = Self(801);
@@ -104,6 +105,33 @@ impl<T: Copy> In<T> {
         (0..n).map(|index| self.get_at(index)).collect()
     }
 }
+
+impl Out<c_void> {
+    /// What it points to when that depends on another argument: the caller promised accordingly.
+    pub(crate) fn cast<T>(self) -> Out<T> {
+        Out(self.0.cast())
+    }
+}
+
+impl In<c_void> {
+    /// As [`Out::cast`].
+    pub(crate) fn cast<T>(self) -> In<T> {
+        In(self.0.cast())
+    }
+
+    /// The address alone.
+    pub(crate) fn addr(self) -> u64 {
+        self.0.addr() as u64
+    }
+}
+
+impl<T> Clone for Out<T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Out<T> {}
 
 impl Text {
     /// # Errors

@@ -1,11 +1,13 @@
 //! What the environment asks for.
 
 use std::collections::BTreeSet;
+use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::sync::atomic::AtomicU64;
 
 use crate::abi::Code;
 use crate::faults::Fault;
+use crate::state::Gpu;
 
 /// `KVXFER_STANDIN`: `key=value`, joined by `;`. See `README.md`.
 #[derive(Debug)]
@@ -22,17 +24,28 @@ pub(crate) struct Config {
     pub(crate) faults: Vec<Fault>,
     /// A folder shared by the processes that see the same devices.
     pub(crate) ledger: Option<PathBuf>,
+    /// Whether fabric handles work.
     pub(crate) fabric: bool,
+    /// Whether memory that asks to be reached by RDMA can be.
+    pub(crate) rdma: bool,
     /// Of the order in which streams run.
     pub(crate) seed: u64,
 }
 
-/// Which devices reach which: pairs of ordinals, the lower one first.
+/// Which devices reach which: pairs of places in the machine, the lower one first. When neither is given,
+/// NVLink joins all.
 #[derive(Debug, Default)]
 pub(crate) struct Links {
-    /// None: all pairs that `pcie` doesn't name, unless it names some.
-    pub(crate) nvlink: Option<BTreeSet<(u32, u32)>>,
-    pub(crate) pcie: Option<BTreeSet<(u32, u32)>>,
+    nvlink: Option<BTreeSet<(u32, u32)>>,
+    pcie: Option<BTreeSet<(u32, u32)>>,
+}
+
+/// How two devices reach each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Link {
+    None,
+    Pcie,
+    Nvlink,
 }
 
 impl Default for Config {
@@ -48,6 +61,7 @@ impl Default for Config {
             faults: Vec::new(),
             ledger: None,
             fabric: false,
+            rdma: true,
             seed: 0,
         }
     }
@@ -78,12 +92,81 @@ impl Config {
             "fail" => self.faults.extend(list(value, |item| fault(item, false))?),
             "sticky" => self.faults.extend(list(value, |item| fault(item, true))?),
             "ledger" => self.ledger = Some(value.into()),
-            "fabric" => self.fabric = value == "1",
+            "fabric" => self.fabric = flag(value)?,
+            "rdma" => self.rdma = flag(value)?,
             "seed" => self.seed = value.parse().ok()?,
             _ => return None,
         }
         Some(())
     }
+}
+
+impl Config {
+    /// How two different devices reach each other. A part of a device reaches nobody.
+    pub(crate) fn link(&self, one: Gpu, other: Gpu) -> Link {
+        let pair = (one.0.min(other.0), one.0.max(other.0));
+        let named =
+            |pairs: &Option<BTreeSet<_>>| pairs.as_ref().is_some_and(|pairs| pairs.contains(&pair));
+        let Links { nvlink, pcie } = &self.links;
+        if one == other || self.mig.contains(&one.0) || self.mig.contains(&other.0) {
+            Link::None
+        } else if named(nvlink) || (nvlink.is_none() && pcie.is_none()) {
+            Link::Nvlink
+        } else if named(pcie) {
+            Link::Pcie
+        } else {
+            Link::None
+        }
+    }
+
+    /// Whether a device's memory can be reached over a link, or is its own.
+    pub(crate) fn reaches(&self, from: Gpu, to: Gpu) -> bool {
+        from == to || self.link(from, to) != Link::None
+    }
+
+    /// The same for each process of the machine.
+    pub(crate) fn uuid(&self, gpu: Gpu) -> [u8; 16] {
+        let mut uuid = *b"kvxfer-standin\0\0";
+        uuid[14] = u8::from(self.mig.contains(&gpu.0));
+        uuid[15] = gpu.0 as u8;
+        uuid
+    }
+
+    /// "GPU-6b767866-6572-2d73-7461-6e64696e0000".
+    fn uuid_text(&self, gpu: Gpu) -> String {
+        let kind = if self.mig.contains(&gpu.0) { "MIG" } else { "GPU" };
+        let mut text = kind.to_owned();
+        for (index, byte) in self.uuid(gpu).iter().enumerate() {
+            if [0, 4, 6, 8, 10].contains(&index) {
+                text.push('-');
+            }
+            let _ = write!(text, "{byte:02x}");
+        }
+        text
+    }
+}
+
+/// The devices that a process sees whose `CUDA_VISIBLE_DEVICES` is `choice`: ordinals or beginnings of
+/// UUIDs, up to the first one that names nothing or was named before.
+pub(crate) fn visible(config: &Config, choice: Option<&str>) -> Vec<Gpu> {
+    let there: Vec<Gpu> =
+        (0..config.devices).filter(|index| !config.hidden.contains(index)).map(Gpu).collect();
+    let Some(choice) = choice else { return there };
+    let mut seen = Vec::new();
+    for item in choice.split(',').map(str::trim) {
+        let found = match item.parse::<usize>() {
+            Ok(ordinal) => there.get(ordinal).copied(),
+            Err(_) => {
+                let is = |gpu: &Gpu| item.len() > 4 && config.uuid_text(*gpu).starts_with(item);
+                there.iter().copied().find(is)
+            }
+        };
+        match found {
+            Some(gpu) if !seen.contains(&gpu) => seen.push(gpu),
+            _ => break,
+        }
+    }
+    seen
 }
 
 fn list<T>(text: &str, item: impl Fn(&str) -> Option<T>) -> Option<Vec<T>> {
@@ -95,6 +178,14 @@ fn pair(text: &str) -> Option<(u32, u32)> {
     let (one, other) = text.split_once('-')?;
     let (one, other) = (one.parse::<u32>().ok()?, other.parse::<u32>().ok()?);
     Some((one.min(other), one.max(other)))
+}
+
+fn flag(text: &str) -> Option<bool> {
+    match text {
+        "0" => Some(false),
+        "1" => Some(true),
+        _ => None,
+    }
 }
 
 /// "512MiB", "1GiB", or a number of bytes.

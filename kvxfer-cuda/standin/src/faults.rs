@@ -23,8 +23,7 @@ pub(crate) struct Fault {
 /// # Errors
 /// The code that was ordered for this call.
 pub(crate) fn before(name: &str) -> Result {
-    let Some(config) = state::config() else { return Ok(()) };
-    for fault in config.faults.iter().filter(|fault| fault.call == base_name(name)) {
+    for fault in state::config()?.faults.iter().filter(|fault| fault.call == base_name(name)) {
         let call = fault.calls.fetch_add(1, Ordering::Relaxed) + 1;
         if fault.nth == 0 || fault.nth == call {
             if fault.sticky

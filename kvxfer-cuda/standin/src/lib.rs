@@ -10,7 +10,11 @@
 mod abi;
 
 mod config;
+mod contexts;
+mod devices;
+mod errors;
 mod faults;
 mod memory;
 mod report;
 mod state;
+mod symbols;
