@@ -62,7 +62,7 @@ proptest! {
         summed in prop_oneof![Just(Summed::Source), Just(Summed::Destination)],
         slots in 1..4_usize,
     ) {
-        let memory: Vec<u8> = (0..MEMORY as u64).map(|i| (i * 0x9E37 >> 7) as u8).collect();
+        let memory: Vec<u8> = (0..MEMORY as u64).map(|i| ((i * 0x9E37) >> 7) as u8).collect();
         let mut stored = vec![0; MEMORY];
         let mut queue = Queue::<()>::new();
         let mut expected = Vec::new();
