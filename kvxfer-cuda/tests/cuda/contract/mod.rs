@@ -1,0 +1,3 @@
+//! What we rely on the driver for: one test for each behaviour, for any driver.
+
+mod streams;

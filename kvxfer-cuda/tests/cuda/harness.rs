@@ -1,0 +1,340 @@
+//! The device, other processes, and bytes on their way between host and device.
+//!
+//! Tests share the machine's devices, and one process its contexts. So each test holds a [`Lease`]: most
+//! share it, those that count what is free have it for themselves. What breaks a context, or wants another stand-in,
+//! happens in a child process: this binary, run again for one test.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Write as _};
+use std::ops::Deref;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use kvxfer_cuda::driver::{
+    self, CudaError, Device, DevicePtr, Driver, Event, Pinned, Priority, Stream,
+};
+use kvxfer_cuda::fds::{recv_with_fds, send_with_fds};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{FlockOperation, flock};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+
+/// No wait of a test is longer.
+pub const DEADLINE: Duration = Duration::from_secs(60);
+const ROLE: &str = "KVXFER_TEST_CHILD";
+
+/// Leave to use the devices, until it is dropped.
+pub struct Lease<T> {
+    value: T,
+    _lock: File,
+}
+
+impl<T> Deref for Lease<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.value
+    }
+}
+
+/// The driver; none, when there is none and tests need not have one.
+pub fn driver() -> Option<Arc<dyn Driver>> {
+    match driver::cuda() {
+        Ok(driver) => Some(driver),
+        Err(error @ (CudaError::NoLibrary { .. } | CudaError::NoDevice)) => {
+            let required =
+                std::env::var_os("KVXFER_REQUIRE_CUDA").is_some_and(|value| value == "1");
+            assert!(!required, "{error}, and KVXFER_REQUIRE_CUDA=1");
+            skip("no CUDA driver");
+            None
+        }
+        Err(error) => panic!("{error}"),
+    }
+}
+
+/// Says why a test does nothing.
+pub fn skip(why: &str) {
+    // Past the test harness, which shows the output of failed tests only.
+    let name = std::thread::current().name().unwrap_or_default().to_owned();
+    let _ = writeln!(io::stderr(), "skipped: {why} ({name})");
+}
+
+fn lease<T>(exclusive: bool, value: impl FnOnce(Arc<dyn Driver>) -> Option<T>) -> Option<Lease<T>> {
+    let driver = driver()?;
+    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join("cuda.lock");
+    let lock = OpenOptions::new().create(true).truncate(false).write(true).open(path).unwrap();
+    let operation =
+        if exclusive { FlockOperation::LockExclusive } else { FlockOperation::LockShared };
+    flock(&lock, operation).unwrap();
+    Some(Lease { value: value(driver)?, _lock: lock })
+}
+
+/// The first device, beside other tests.
+pub fn one_device() -> Option<Lease<Device>> {
+    lease(false, |driver| Some(Device::open(driver, 0).unwrap()))
+}
+
+/// The first device, while no other test uses any.
+pub fn device_alone() -> Option<Lease<Device>> {
+    lease(true, |driver| Some(Device::open(driver, 0).unwrap()))
+}
+
+/// The first two devices, beside other tests; skips when there is one only.
+pub fn two_devices() -> Option<Lease<[Device; 2]>> {
+    lease(false, |driver| {
+        if Device::count(&driver).unwrap() < 2 {
+            skip("one device only");
+            return None;
+        }
+        Some([0, 1].map(|ordinal| Device::open(Arc::clone(&driver), ordinal).unwrap()))
+    })
+}
+
+/// The first device, for a child: its parent holds the lease.
+pub fn child_device() -> Device {
+    Device::open(driver::cuda().unwrap(), 0).unwrap()
+}
+
+/// The device of a test, or the end of the test.
+macro_rules! device {
+    () => {
+        match $crate::harness::one_device() {
+            Some(device) => device,
+            None => return,
+        }
+    };
+    (alone) => {
+        match $crate::harness::device_alone() {
+            Some(device) => device,
+            None => return,
+        }
+    };
+    (two) => {
+        match $crate::harness::two_devices() {
+            Some(devices) => devices,
+            None => return,
+        }
+    };
+}
+pub(crate) use device;
+
+/// What the stand-in counts as alive in this process; none on a real driver.
+pub fn live() -> Option<Vec<u64>> {
+    type Report = unsafe extern "C" fn(*mut u64, usize) -> i32;
+    driver::cuda().ok()?;
+    let mut counts = vec![0; 64];
+    // SAFETY: the library is there, and the stand-in declares the function so; it writes at most as many
+    // as it is told.
+    let kinds = unsafe {
+        let report = cudarc::driver::sys::culib().get::<Report>(b"kvxfer_standin_report").ok()?;
+        report(counts.as_mut_ptr(), counts.len())
+    };
+    counts.truncate(kinds as usize);
+    Some(counts)
+}
+
+/// Whether the driver is the stand-in.
+pub fn on_standin() -> bool {
+    live().is_some()
+}
+
+/// Asserts that this process has given everything back. Real drivers don't tell.
+#[track_caller]
+pub fn assert_nothing_lives() {
+    if let Some(counts) = live() {
+        assert!(counts.iter().all(|&count| count == 0), "something is left: {counts:?}");
+    }
+}
+
+// Work and its end.
+
+/// Waits for the event, by asking: a driver that hangs fails the test.
+#[track_caller]
+pub fn finish(event: &Event) {
+    let start = Instant::now();
+    while !event.is_done().unwrap() {
+        assert!(start.elapsed() < DEADLINE, "the work does not end");
+        std::thread::sleep(Duration::from_micros(50));
+    }
+}
+
+/// Waits for all work in the stream, as [`finish`] does.
+#[track_caller]
+pub fn drain(stream: &Stream) {
+    let event = stream.device().event().unwrap();
+    stream.record(&event).unwrap();
+    finish(&event);
+}
+
+/// Holds streams back until it is opened, or dropped.
+pub struct Gate(Arc<Pinned>);
+
+impl Gate {
+    pub fn new(device: &Device) -> Self {
+        Self(device.pinned(4).unwrap())
+    }
+
+    /// A new gate that holds the stream.
+    pub fn before(stream: &Stream) -> Self {
+        let gate = Self::new(stream.device());
+        gate.hold(stream);
+        gate
+    }
+
+    pub fn hold(&self, stream: &Stream) {
+        stream.hold(&self.0, 0, 1).unwrap();
+    }
+
+    pub fn open(&self) {
+        self.0.write(0, &1_u32.to_ne_bytes()).unwrap();
+    }
+}
+
+impl Drop for Gate {
+    fn drop(&mut self) {
+        self.open();
+    }
+}
+
+/// Bytes of a device, by a stream of their own.
+pub fn get(device: &Device, ptr: DevicePtr, len: usize) -> Vec<u8> {
+    let (stream, pinned) =
+        (device.stream(Priority::Default).unwrap(), device.pinned(len as u64).unwrap());
+    stream.download(&pinned, 0, ptr, len as u64).unwrap();
+    drain(&stream);
+    let mut bytes = vec![0; len];
+    pinned.read(0, &mut bytes).unwrap();
+    bytes
+}
+
+/// Puts bytes on a device, by a stream of their own.
+pub fn put(device: &Device, ptr: DevicePtr, bytes: &[u8]) {
+    let len = bytes.len() as u64;
+    let (stream, pinned) = (device.stream(Priority::Default).unwrap(), device.pinned(len).unwrap());
+    pinned.write(0, bytes).unwrap();
+    stream.upload(ptr, &pinned, 0, len).unwrap();
+    drain(&stream);
+}
+
+/// Bytes that no shift of themselves equals.
+pub fn pattern(len: usize, seed: u64) -> Vec<u8> {
+    let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    (0..len)
+        .map(|_| {
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
+            (state >> 56) as u8
+        })
+        .collect()
+}
+
+// Other processes.
+
+/// A socket to the process on the other side of a test.
+pub struct Wire(UnixStream);
+
+impl Wire {
+    fn new(socket: UnixStream) -> Self {
+        socket.set_read_timeout(Some(DEADLINE)).unwrap();
+        socket.set_write_timeout(Some(DEADLINE)).unwrap();
+        Self(socket)
+    }
+
+    pub fn send(&mut self, bytes: &[u8]) {
+        self.0.write_all(bytes).unwrap();
+    }
+
+    /// At least one byte has to go along.
+    pub fn send_fd(&mut self, bytes: &[u8], fd: BorrowedFd<'_>) {
+        assert_eq!(send_with_fds(&self.0, bytes, &[fd]).unwrap(), bytes.len());
+    }
+
+    #[track_caller]
+    pub fn receive<const N: usize>(&mut self) -> [u8; N] {
+        let mut bytes = [0; N];
+        self.0.read_exact(&mut bytes).expect("the other process answers in time");
+        bytes
+    }
+
+    #[track_caller]
+    pub fn receive_fd<const N: usize>(&mut self) -> ([u8; N], OwnedFd) {
+        let (mut bytes, mut fds) = ([0; N], Vec::new());
+        let len = recv_with_fds(&self.0, &mut bytes, &mut fds)
+            .expect("the other process answers in time");
+        assert_eq!((len, fds.len()), (N, 1));
+        (bytes, fds.remove(0))
+    }
+
+    /// Whether the other side has gone.
+    pub fn ended(&mut self) -> bool {
+        matches!(self.0.read(&mut [0]), Ok(0))
+    }
+}
+
+/// The parent, in the child of that role; none in any other process.
+pub fn parent(role: &str) -> Option<Wire> {
+    let own = std::env::var(ROLE).ok()?;
+    (own == role)
+        .then(|| Wire::new(UnixStream::from(io::stdin().as_fd().try_clone_to_owned().unwrap())))
+}
+
+/// A child process, killed and reaped at the latest when it is dropped.
+pub struct Peer {
+    process: Child,
+    pub wire: Wire,
+}
+
+impl Peer {
+    /// Runs that test of this binary in a process of its own, in which [`parent`] knows `role`.
+    pub fn start(test: &str, role: &str) -> Self {
+        Self::start_with(test, role, &[])
+    }
+
+    /// The same, with more in its environment.
+    pub fn start_with(test: &str, role: &str, env: &[(&str, &str)]) -> Self {
+        let (socket, theirs) = UnixStream::pair().unwrap();
+        let process = Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", test, "--nocapture"])
+            .env(ROLE, role)
+            .envs(env.iter().copied())
+            .stdin(OwnedFd::from(theirs))
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        Self { process, wire: Wire::new(socket) }
+    }
+
+    pub fn kill(&mut self) {
+        self.process.kill().unwrap();
+        self.reap();
+    }
+
+    /// Waits for its end.
+    pub fn reap(&mut self) -> ExitStatus {
+        let pid = Pid::from_child(&self.process);
+        let pidfd = pidfd_open(pid, PidfdFlags::empty()).unwrap();
+        let deadline = Timespec { tv_sec: DEADLINE.as_secs() as i64, tv_nsec: 0 };
+        let mut fds = [PollFd::new(&pidfd, PollFlags::IN)];
+        assert_eq!(poll(&mut fds, Some(&deadline)), Ok(1), "the child does not end");
+        self.process.wait().unwrap()
+    }
+
+    /// Waits for its end, which has to be a success: what it asserted held.
+    #[track_caller]
+    pub fn succeeds(mut self) {
+        let status = self.reap();
+        assert!(status.success(), "the child: {status}");
+    }
+}
+
+impl Drop for Peer {
+    fn drop(&mut self) {
+        // Without effect on a child that was reaped.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
