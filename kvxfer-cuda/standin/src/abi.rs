@@ -4,7 +4,7 @@
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use crate::faults;
+use crate::{exec, faults};
 
 /// What an entry point answers when it does not answer 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,19 +26,28 @@ impl Code {
     pub(crate) const INVALID_PTX: Self = Self(218);
     pub(crate) const UNSUPPORTED_PTX_VERSION: Self = Self(222);
     pub(crate) const INVALID_HANDLE: Self = Self(400);
+    pub(crate) const ILLEGAL_STATE: Self = Self(401);
     pub(crate) const NOT_FOUND: Self = Self(500);
     pub(crate) const NOT_READY: Self = Self(600);
     pub(crate) const ILLEGAL_ADDRESS: Self = Self(700);
     pub(crate) const LAUNCH_OUT_OF_RESOURCES: Self = Self(701);
+    pub(crate) const LAUNCH_TIMEOUT: Self = Self(702);
     pub(crate) const PEER_ACCESS_ALREADY_ENABLED: Self = Self(704);
     pub(crate) const PEER_ACCESS_NOT_ENABLED: Self = Self(705);
     pub(crate) const CONTEXT_IS_DESTROYED: Self = Self(709);
     pub(crate) const HOST_MEMORY_ALREADY_REGISTERED: Self = Self(712);
     pub(crate) const HOST_MEMORY_NOT_REGISTERED: Self = Self(713);
+    pub(crate) const NOT_PERMITTED: Self = Self(800);
     pub(crate) const NOT_SUPPORTED: Self = Self(801);
     pub(crate) const STREAM_CAPTURE_UNSUPPORTED: Self = Self(900);
     pub(crate) const STREAM_CAPTURE_INVALIDATED: Self = Self(901);
+    pub(crate) const STREAM_CAPTURE_MERGE: Self = Self(902);
+    pub(crate) const STREAM_CAPTURE_UNMATCHED: Self = Self(903);
+    pub(crate) const STREAM_CAPTURE_UNJOINED: Self = Self(904);
+    pub(crate) const STREAM_CAPTURE_ISOLATION: Self = Self(905);
     pub(crate) const STREAM_CAPTURE_IMPLICIT: Self = Self(906);
+    pub(crate) const CAPTURED_EVENT: Self = Self(907);
+    pub(crate) const STREAM_CAPTURE_WRONG_THREAD: Self = Self(908);
     pub(crate) const UNKNOWN: Self = Self(999);
 }
 
@@ -50,6 +59,10 @@ pub(crate) struct Out<T>(*mut T);
 /// A pointer to `n` values to read, which may be null. The caller promises as for [`Out`].
 #[repr(transparent)]
 pub(crate) struct In<T>(*const T);
+
+/// A pointer to one value to read and to write. The caller promises as for [`Out`], for both.
+#[repr(transparent)]
+pub(crate) struct InOut<T>(*mut T);
 
 /// Text that ends with NUL. The caller promises as for [`Out`].
 #[repr(transparent)]
@@ -133,7 +146,25 @@ impl<T> Clone for Out<T> {
 
 impl<T> Copy for Out<T> {}
 
+impl<T: Copy> InOut<T> {
+    /// # Errors
+    /// `INVALID_VALUE` when it is null.
+    pub(crate) fn get(&self) -> Result<T> {
+        In(self.0.cast_const()).get()
+    }
+
+    /// # Errors
+    /// `INVALID_VALUE` when it is null.
+    pub(crate) fn put(&self, value: T) -> Result {
+        Out(self.0).put(value)
+    }
+}
+
 impl Text {
+    pub(crate) fn is_null(&self) -> bool {
+        self.0.is_null()
+    }
+
     /// # Errors
     /// `INVALID_VALUE` when it is null or not UTF-8.
     pub(crate) fn get(&self) -> Result<&str> {
@@ -149,6 +180,7 @@ impl Text {
 /// The frame around an entry point.
 pub(crate) fn enter(name: &'static str, body: impl FnOnce() -> Result) -> c_int {
     let call = AssertUnwindSafe(|| {
+        exec::permitted()?;
         faults::before(name)?;
         body()
     });

@@ -30,6 +30,12 @@ pub(crate) struct Config {
     pub(crate) rdma: bool,
     /// Of the order in which streams run.
     pub(crate) seed: u64,
+    /// Milliseconds of quiet after which work is run that nobody waits for.
+    pub(crate) delay: u64,
+    /// Milliseconds without any step after which waiting for a stream fails.
+    pub(crate) stuck: u64,
+    /// Whether unordered accesses to the same bytes break the device.
+    pub(crate) races: bool,
 }
 
 /// Which devices reach which: pairs of places in the machine, the lower one first. When neither is given,
@@ -63,6 +69,9 @@ impl Default for Config {
             fabric: false,
             rdma: true,
             seed: 0,
+            delay: 50,
+            stuck: 30_000,
+            races: true,
         }
     }
 }
@@ -95,6 +104,9 @@ impl Config {
             "fabric" => self.fabric = flag(value)?,
             "rdma" => self.rdma = flag(value)?,
             "seed" => self.seed = value.parse().ok()?,
+            "delay" => self.delay = value.parse().ok()?,
+            "stuck" => self.stuck = value.parse().ok()?,
+            "races" => self.races = value != "0",
             _ => return None,
         }
         Some(())

@@ -3,6 +3,7 @@
 use std::ffi::{c_int, c_uint};
 
 use crate::abi::{Code, Out, Result};
+use crate::exec;
 use crate::state::{self, Gpu};
 
 /// A context, as the caller holds it: made of the device's number, never dereferenced.
@@ -49,7 +50,12 @@ entries! {
     }
 
     fn cuDevicePrimaryCtxRelease_v2(device: c_int) {
-        state::release(state::gpu(device)?)
+        let gpu = state::gpu(device)?;
+        state::release(gpu)?;
+        if !state::is_retained(gpu) {
+            exec::forget_device(gpu);
+        }
+        Ok(())
     }
 
     fn cuDevicePrimaryCtxGetState(device: c_int, flags: Out<c_uint>, active: Out<c_int>) {

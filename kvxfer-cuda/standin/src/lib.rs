@@ -13,6 +13,7 @@ mod config;
 mod contexts;
 mod devices;
 mod errors;
+mod exec;
 mod faults;
 mod memory;
 mod report;

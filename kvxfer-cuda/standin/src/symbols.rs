@@ -10,13 +10,20 @@ use rustix::mm::{MprotectFlags, mprotect};
 use crate::abi::{Address, Code, Out, Result, Text};
 use crate::config::Config;
 use crate::faults::base_name;
-use crate::{contexts, devices, errors, memory, state};
+use crate::{contexts, devices, errors, exec, memory, state};
 
 const ALL: &[&[(&str, Address)]] = &[
     ENTRIES,
     contexts::ENTRIES,
     devices::ENTRIES,
     errors::ENTRIES,
+    exec::batch::ENTRIES,
+    exec::capture::ENTRIES,
+    exec::events::ENTRIES,
+    exec::modules::ENTRIES,
+    exec::streams::ENTRIES,
+    exec::transfers::ENTRIES,
+    exec::values::ENTRIES,
     memory::attributes::ENTRIES,
     memory::host::ENTRIES,
     memory::ipc::ENTRIES,

@@ -10,4 +10,4 @@ pub(crate) mod plain;
 mod space;
 pub(crate) mod vmm;
 
-pub(crate) use space::{Stamp, now, resolve};
+pub(crate) use space::{Stamp, is_pageable, now, resolve};

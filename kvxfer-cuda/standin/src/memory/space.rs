@@ -140,6 +140,12 @@ pub(crate) fn resolve(addr: u64, len: u64, write: bool, gpu: Gpu, since: Stamp) 
     Ok(ptr::with_exposed_provenance_mut(addr.wrapping_add(to_twin) as usize))
 }
 
+/// Whether an address is host memory that no device may touch.
+pub(crate) fn is_pageable(addr: u64) -> bool {
+    let Ok(space) = space() else { return false };
+    !(space.start..space.start + BYTES).contains(&addr) && space.ranges.read().find(addr).is_none()
+}
+
 impl Mapping {
     fn allows(&self, gpu: Gpu, write: bool) -> bool {
         match &self.kind {
