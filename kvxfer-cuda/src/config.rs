@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use kvxfer_core::gc::{AfterRetrieve, GcConfig};
 use kvxfer_core::layout::KvLayout;
-use kvxfer_core::{ErrorKind, Result};
+use kvxfer_core::{Error, ErrorKind, Result};
 
 use crate::control::Address;
 
@@ -139,14 +139,8 @@ impl AgentConfig {
             if self.segments == 0 {
                 return Err(config("segments is 0".into()).fix("set it to at least 1"));
             }
-            let page = self.layout.page_bytes();
             if self.segment_pages() == 0 {
-                let least = page * u64::from(self.segments);
-                return Err(config(format!(
-                    "buffer_size is {} bytes, and one page of this model takes {page}",
-                    self.buffer_size
-                ))
-                .fix(format!("set buffer_size to at least {least}")));
+                return Err(self.segments_too_small());
             }
         }
         match self.require_path.as_deref() {
@@ -154,6 +148,24 @@ impl AgentConfig {
             Some(path) => Err(config(format!("require_path names {path:?}, which is no path"))
                 .fix("use local or shm")),
         }
+    }
+
+    fn segments_too_small(&self) -> Error {
+        let (bytes, page) = (self.buffer_size, self.layout.page_bytes());
+        let segments = u64::from(self.segments);
+        let about = format!(
+            "buffer_size is {bytes} bytes in segments = {segments} equal parts, each written to by one producer at a \
+             time: {} bytes a part, and each must hold a page, which takes {page} in this model",
+            bytes / segments
+        );
+        let fewer = match bytes / page {
+            0 => format!("segments to 1 and buffer_size to at least {page}"),
+            most => format!("segments to at most {most}"),
+        };
+        let least = page * segments;
+        ErrorKind::Config
+            .error(about)
+            .fix(format!("set buffer_size to at least {least}, or {fewer}"))
     }
 
     /// Pages in one segment.
@@ -170,6 +182,31 @@ pub fn default_socket_dir() -> PathBuf {
         _ => {
             let uid = rustix::process::getuid().as_raw();
             std::env::temp_dir().join(format!("kvxfer-{uid}"))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pool_whose_segments_hold_no_page_names_both_keys_and_what_would_do() {
+        let group = kvxfer_core::layout::Group { block_tokens: 16, block_bytes: vec![1 << 20] };
+        let layout = KvLayout::one_group("m", "bytes", 256, group);
+        let config = AgentConfig::new(Role::Consumer, layout);
+        for (mib, fix, fixed_mib, fixed_segments) in [
+            (1, "set buffer_size to at least 8388608, or segments to at most 1", 1, 1),
+            (7, "set buffer_size to at least 8388608, or segments to at most 7", 7, 7),
+            (0, "8388608, or segments to 1 and buffer_size to at least 1048576", 1, 1),
+        ] {
+            let config = AgentConfig { buffer_size: mib << 20, ..config.clone() };
+            let error = config.validate().unwrap_err().to_string();
+            assert!(error.contains("segments = 8") && error.contains(fix), "{error}");
+            for (mib, segments) in [(8, 8), (fixed_mib, fixed_segments)] {
+                let fixed = AgentConfig { buffer_size: mib << 20, segments, ..config.clone() };
+                fixed.validate().unwrap();
+            }
         }
     }
 }

@@ -35,7 +35,7 @@ pub(crate) struct Agent(CoreAgent);
 impl Agent {
     #[new]
     #[pyo3(signature = (*, role, layout, name=String::new(), listen=None, peers=Vec::new(), socket_dir=None,
-        buffer_size=1 << 30, gc=true, gc_policy="drop", high_watermark=0.9, low_watermark=0.7,
+        buffer_size=1 << 30, segments=8, gc=true, gc_policy="drop", high_watermark=0.9, low_watermark=0.7,
         unclaimed_ttl=60.0, load_timeout=30.0, hold_timeout=30.0, lease=10.0, allow_insecure=false,
         require_path=None))]
     #[expect(clippy::too_many_arguments, reason = "keywords, each a documented setting")]
@@ -48,6 +48,7 @@ impl Agent {
         peers: Vec<String>,
         socket_dir: Option<String>,
         buffer_size: u64,
+        segments: u32,
         gc: bool,
         gc_policy: &str,
         high_watermark: f32,
@@ -78,6 +79,7 @@ impl Agent {
             peers: peers.iter().map(|peer| peer.parse()).collect::<Result<_>>().map_err(raise)?,
             socket_dir: socket_dir.map_or_else(default_socket_dir, Into::into),
             buffer_size,
+            segments,
             gc: GcConfig {
                 enabled: gc,
                 after_retrieve,

@@ -89,6 +89,7 @@ def test_sizes(given, size):
         ("kv_consumer", {"buffer_size": "1 gigabyte"}, r"buffer_size = '1 gigabyte' is not a size"),
         ("kv_consumer", {"buffer_size": True}, r"buffer_size = True is not a size"),
         ("kv_consumer", {"buffer_size": 0}, r"buffer_size = 0 holds nothing"),
+        ("kv_consumer", {"segments": 0}, r"segments = 0 holds nothing"),
         ("kv_consumer", {"chunk_size": -1}, r"chunk_size = -1 is not a whole number"),
         ("kv_consumer", {"nixlRole": "sender"}, r"nixlRole = 'sender' contradicts kv_role kv_con"),
         ("kv_producer", {"role": "decode"}, r"role = 'decode' is not a role"),

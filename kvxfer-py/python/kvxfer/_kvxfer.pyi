@@ -121,6 +121,7 @@ class Agent:
         peers: Sequence[str] = ...,
         socket_dir: str | None = None,
         buffer_size: int = ...,
+        segments: int = 8,
         gc: bool = True,
         gc_policy: str = "drop",
         high_watermark: float = 0.9,

@@ -189,6 +189,12 @@ class Config:
         "nixlBufferSize nixl_buffer_size LMCACHE_NIXL_BUFFER_SIZE",
         "two prompts of `max_model_len`, at most a quarter of the memory",
     )
+    segments: int = _key(
+        _count,
+        8,
+        "Consumer: into how many equal parts the pool is cut. One producer writes to a part at a "
+        "time, so take at least as many as there are producers.",
+    )
     buffer_device: str = _key(
         _buffer_device,
         "cpu",
@@ -310,9 +316,9 @@ class Config:
                 f"low_watermark = {self.low_watermark} is not below high_watermark = "
                 f"{self.high_watermark}; lower it"
             )
-        if self.chunk_size == 0 or self.buffer_size == 0:
-            name = "chunk_size" if self.chunk_size == 0 else "buffer_size"
-            raise ConfigError(f"{name} = 0 holds nothing; remove it to use the default")
+        for name in ("chunk_size", "buffer_size", "segments"):
+            if getattr(self, name) == 0:
+                raise ConfigError(f"{name} = 0 holds nothing; remove it to use the default")
         for name, address in [("listen", self.listen), *(("peers", p) for p in self.peers)]:
             if address is not None:
                 _for_rank(address, 0, name)

@@ -62,12 +62,12 @@ class Geometry:
         """Bytes of a full chunk in all layers."""
         return sum(self.chunk_tokens // tokens * sum(layers) for tokens, layers in self.groups)
 
-    def default_buffer(self, max_model_len: int) -> int:
+    def default_buffer(self, max_model_len: int, segments: int) -> int:
         """Room for two of the longest prompts, so that one can arrive while one is loaded; but
-        not more than a quarter of the machine's memory. Eight chunks at a time, because the
-        agent cuts the pool into eight segments."""
-        step = 8 * self.chunk_bytes
-        wanted = math.ceil(2 * math.ceil(max_model_len / self.chunk_tokens) / 8)
+        not more than a quarter of the machine's memory. Whole chunks in each of the segments
+        that the agent cuts the pool into."""
+        step = segments * self.chunk_bytes
+        wanted = math.ceil(2 * math.ceil(max_model_len / self.chunk_tokens) / segments)
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return max(1, min(wanted, memory // 4 // step)) * step
 

@@ -59,7 +59,7 @@ class WorkerHalf:
         buffer_size = 0
         if config.consumes:
             buffer_size = config.buffer_size or self._geometry.default_buffer(
-                vllm_config.model_config.max_model_len
+                vllm_config.model_config.max_model_len, config.segments
             )
             chunks = buffer_size // self._geometry.chunk_bytes
             logger.info(
@@ -77,6 +77,7 @@ class WorkerHalf:
             peers=config.peers_of(port_offset),
             socket_dir=config.socket_dir,
             buffer_size=buffer_size,
+            segments=config.segments,
             gc=config.enable_gc,
             gc_policy=config.gc_policy,
             high_watermark=config.high_watermark,
