@@ -1,6 +1,7 @@
 //! Offers at the consumer: grants, windows, queues, segments.
 
 use kvxfer_core::gc::{AfterRetrieve, GcConfig};
+use kvxfer_core::session::ConsumerAction;
 use kvxfer_core::wire::Message;
 use kvxfer_core::{ErrorKind, LinkId, OfferId, SegmentId};
 
@@ -75,6 +76,27 @@ fn what_can_never_fit_is_refused() {
     assert_eq!(d.offer(1, 7, "ab"), ["1> refused 7: 0 1"]);
     let lost = d.wait(ms(2000));
     assert!(lost.is_empty() && d.consumer.is_idle());
+}
+
+#[test]
+fn what_can_never_fit_says_which_pool_would_do() {
+    // Three segments of one page of 64 bytes, and a chunk of four: two pages a segment would do.
+    let mut config = config(3, 1);
+    config.layout = layout(4, 1);
+    let mut d = Decode::new(config);
+    d.consumer.producer_connected(d.now, LinkId(1), A);
+    let attach = Message::Attach { layout: layout(4, 1) };
+    let offer = Message::Offer { offer: OfferId(7), request: "r".into(), chunks: chunks("a") };
+    for message in [attach, offer] {
+        d.consumer.received(d.now, LinkId(1), message).unwrap();
+    }
+    let reason = std::iter::from_fn(|| d.consumer.poll_action()).find_map(|action| match action {
+        ConsumerAction::Send { message: Message::Refused { reason, .. }, .. } => Some(reason),
+        _ => None,
+    });
+    let reason = reason.unwrap();
+    assert!(reason.contains("of 4 tokens takes 256 bytes, and the whole pool"), "{reason}");
+    assert!(reason.contains("has 192 (set buffer_size to at least 384,"), "{reason}");
 }
 
 #[test]

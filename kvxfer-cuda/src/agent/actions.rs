@@ -65,8 +65,22 @@ impl Progress {
         {
             return;
         }
+        if let Message::Refused { reason, .. } = message {
+            self.say_too_large(now, link, reason);
+        }
         if let Err(error) = self.control.send(link, message, &[]) {
             self.close_link(now, link, &error);
+        }
+    }
+
+    /// Offers were refused for good, by us or by the peer. Every request would say so, so not every one does.
+    pub(super) fn say_too_large(&mut self, now: Time, link: LinkId, reason: &str) {
+        if let (Some(link), Some(muted)) = (self.links.get(&link), self.too_large.pass(now)) {
+            tracing::warn!(
+                peer = link.name,
+                muted,
+                "KV that the pool can never hold is computed twice: {reason}"
+            );
         }
     }
 

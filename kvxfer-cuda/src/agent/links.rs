@@ -143,10 +143,15 @@ impl Progress {
                 self.joined(id);
                 Ok(())
             }
-            (Kind::Consumer, message) => match &mut self.producer {
-                Some(producer) => producer.received_from_consumer(now, id, message),
-                None => Ok(()),
-            },
+            (Kind::Consumer, message) => {
+                if let Message::Refused { reason, .. } = &message {
+                    self.say_too_large(now, id, reason);
+                }
+                match &mut self.producer {
+                    Some(producer) => producer.received_from_consumer(now, id, message),
+                    None => Ok(()),
+                }
+            }
             (Kind::Producer(_), message) => {
                 let Some(consuming) = &mut self.consuming else { return Ok(()) };
                 let attaches = matches!(message, Message::Attach { .. });

@@ -22,7 +22,7 @@ use super::push::Pushes;
 use super::register::regions;
 use super::{AgentStats, Command, KvLayer, Shared, closed};
 use crate::config::{AgentConfig, Role};
-use crate::control::{Address, Control, ControlConfig, Event, Limits, Waker};
+use crate::control::{Address, Control, ControlConfig, Event, Limits, Throttle, Waker};
 use crate::identity;
 use crate::memory::HostPool;
 use crate::transport::local::LocalExports;
@@ -57,6 +57,8 @@ pub(super) struct Progress {
     pub(super) pushes: Option<Pushes>,
     pub(super) loads: Option<Loads>,
     pub(super) closing: bool,
+    /// Of the log line that says what the pool can never hold.
+    pub(super) too_large: Throttle,
 }
 
 impl Progress {
@@ -113,6 +115,7 @@ impl Progress {
             pushes: None,
             loads: None,
             closing: false,
+            too_large: Throttle::default(),
         })
     }
 

@@ -41,7 +41,7 @@ use link::{Arrival, Link, Read, Stage};
 use listener::{Accepting, TcpListener};
 use poller::{Poller, Ready};
 use resolver::Resolutions;
-use timers::Throttle;
+pub(crate) use timers::Throttle;
 
 pub use address::Address;
 pub use config::{ControlConfig, Counts, Event, Limits, Redial};

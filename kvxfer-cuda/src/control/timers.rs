@@ -117,14 +117,14 @@ impl Accepting {
 
 /// Lets a log line through now and then.
 #[derive(Debug, Default)]
-pub(super) struct Throttle {
+pub(crate) struct Throttle {
     last: Option<Time>,
     muted: u64,
 }
 
 impl Throttle {
     /// Whether to log now: then how many were left out since the last one.
-    pub(super) fn pass(&mut self, now: Time) -> Option<u64> {
+    pub(crate) fn pass(&mut self, now: Time) -> Option<u64> {
         if self.last.is_some_and(|last| now < last + QUIET) {
             self.muted += 1;
             return None;

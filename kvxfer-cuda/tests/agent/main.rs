@@ -139,21 +139,6 @@ fn a_pool_smaller_than_the_prompt_lets_it_through_in_windows() {
 }
 
 #[test]
-fn a_chunk_larger_than_the_pool_is_refused() {
-    let page = u64::from(engine::BLOCK_BYTES) * engine::LAYERS as u64;
-    let mut pair = pair(|config| {
-        config.buffer_size = page * 3;
-        config.segments = 1;
-    });
-    let prompt = prompt(9, 100);
-    let offer = pair.prefill.prefill(&prompt, &blocks(&prompt, 7));
-    pair.prefill.until_pushed(offer, 2);
-    let claim = pair.decode.claim(&prompt);
-    pair.decode.until_claimed(claim, Next::Lost);
-    assert_eq!(pair.prefill.agent.stats().unwrap().producer.skipped, 2);
-}
-
-#[test]
 fn what_nobody_offers_is_missing_after_one_question() {
     let pair = pair(|_| {});
     pair.prefill.until(|engine| (engine.agent.stats().unwrap().links == 2).then_some(()));

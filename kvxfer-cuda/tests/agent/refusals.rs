@@ -1,13 +1,13 @@
 //! What is refused, and that it is said once.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvxfer_core::wire::message::Next;
 use kvxfer_cuda::Role;
 
-use crate::engine::{Engine, PATIENCE, config};
+use crate::engine::{BLOCK_BYTES, Engine, LAYERS, PATIENCE, config};
 use crate::logs::{self, lines};
-use crate::{prompt, tempdir};
+use crate::{blocks, pair, prompt, tempdir};
 
 /// Half of it at least passes between two dials.
 const BACKOFF: Duration = Duration::from_secs(2);
@@ -55,4 +55,31 @@ fn a_producer_of_another_model_is_refused_by_name_once_an_attempt_and_served_whe
     assert!(prefill.agent.wait_connected(PATIENCE));
     assert_eq!(lines(&["INFO connected to a consumer", "decode of a model"]).len(), 1);
     decode.until(|_| lines(&["INFO a producer connected", "prefill of a model"]).pop());
+}
+
+#[test]
+fn a_chunk_larger_than_the_pool_is_refused_and_both_logs_say_so_now_and_then() {
+    logs::listen();
+    let page = u64::from(BLOCK_BYTES) * LAYERS as u64;
+    let begun = Instant::now();
+    let mut pair = pair(|config| {
+        config.buffer_size = page * 3;
+        config.segments = 1;
+        config.name = format!("{:?} too small", config.role);
+    });
+    for seed in 0..5 {
+        let prompt = prompt(seed, 100);
+        let offer = pair.prefill.prefill(&prompt, &blocks(&prompt, 7));
+        pair.prefill.until_pushed(offer, 2);
+        let claim = pair.decode.claim(&prompt);
+        pair.decode.until_claimed(claim, Next::Lost);
+    }
+    assert_eq!(pair.prefill.agent.stats().unwrap().producer.skipped, 10);
+    let says = format!("a chunk of 64 tokens takes {} bytes, and the whole pool", page * 4);
+    let fix = format!("has {} (set buffer_size to at least {}", page * 3, page * 4);
+    let most = 1 + begun.elapsed().as_secs() as usize / 10;
+    for peer in ["Producer too small", "Consumer too small"] {
+        let said = lines(&["WARN", peer, &says, &fix]).len();
+        assert!((1..=most).contains(&said), "{said} lines about {peer}");
+    }
 }

@@ -403,12 +403,16 @@ impl Consumer {
             .map(|at| at as u32)
             .collect();
         self.stats.refused += chunks.len() as u64;
-        let all = self.pool.pages();
+        let bytes = |pages: u32| u64::from(pages) * self.config.layout.page_bytes();
+        let segments = self.config.geometry.segments;
         let reason = format!(
-            "request {}: one chunk needs {pages} pages and the whole pool has {}; set buffer_size to at least {} bytes",
+            "request {}: a chunk of {} tokens takes {} bytes, and the whole pool of the consumer has {} (set \
+             buffer_size to at least {}, or chunk_size to less on both sides)",
             offer.request,
-            all,
-            u64::from(pages) * self.config.layout.page_bytes(),
+            offer.chunks[from].tokens,
+            bytes(pages),
+            bytes(self.pool.pages()),
+            bytes(pages.div_ceil(segments) * segments),
         );
         for &chunk in &chunks {
             self.lose(now, Place { link, offer: id, chunk });
