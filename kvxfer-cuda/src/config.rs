@@ -107,6 +107,7 @@ impl AgentConfig {
                 high_watermark: 0.9,
                 low_watermark: 0.7,
                 unclaimed_ttl: Duration::from_secs(60),
+                overdue_after: Duration::from_secs(10),
                 batch: 256,
             },
             grant_ttl: Duration::from_secs(10),

@@ -199,6 +199,7 @@ impl Agent {
             ("loads", consumer.loads),
             ("failed_loads", consumer.failed_loads),
             ("corrupt_chunks", consumer.corrupt),
+            ("overdue_chunks", consumer.overdue),
             ("replaced_segments", consumer.replaced_segments),
             ("pushed_chunks", producer.committed),
             ("late_chunks", producer.late),

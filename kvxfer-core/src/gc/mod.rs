@@ -11,6 +11,7 @@
 //! | retrieved | a load took it, and the policy is to drop | expected claims, resident children |
 //! | unclaimed | no load ever took it, and it lay unpinned for the TTL | expected claims, resident children |
 //! | pressure | the pool is short of pages, and all others were used later | expected claims, resident children |
+//! | overdue | a grant finds no room, and each claim that was expected is overdue | a prompt that goes on, resident children |
 //!
 //! A child is the chunk that follows in a prompt: it cannot be matched without its parent, so chains are given up from
 //! their ends. Invariants:
@@ -52,6 +53,9 @@ pub struct GcConfig {
     pub low_watermark: f32,
     /// For how long a chunk that no load took may lie unpinned.
     pub unclaimed_ttl: Duration,
+    /// How long an expected claim keeps its chunk even from a grant that finds no room. From then on it does only
+    /// while there is room.
+    pub overdue_after: Duration,
     /// How many chunks are given up in one tick at most.
     pub batch: usize,
 }
@@ -64,6 +68,7 @@ impl Default for GcConfig {
             high_watermark: 0.9,
             low_watermark: 0.8,
             unclaimed_ttl: Duration::from_secs(60),
+            overdue_after: Duration::from_secs(10),
             batch: 256,
         }
     }
@@ -80,6 +85,8 @@ pub enum Reason {
     Unclaimed,
     /// The pool was short of pages.
     Pressure,
+    /// A grant found no room, and the claims that were expected are overdue.
+    Overdue,
 }
 
 /// A collector in numbers: what it holds, and what it gave up since the start, by [`Reason`].
@@ -95,6 +102,8 @@ pub struct GcStats {
     pub unclaimed: u64,
     /// Given up because the pool was short of pages.
     pub pressure: u64,
+    /// Given up for a grant that found no room, as the claims that were expected are overdue.
+    pub overdue: u64,
 }
 
 /// A committed chunk.
@@ -106,6 +115,8 @@ struct Chunk {
     pins: u32,
     /// When each expected claim runs out, soonest first.
     expected: Vec<Time>,
+    /// When the last of these is overdue. None once that time has come.
+    overdue: Option<Time>,
     retrieved: bool,
     retired: bool,
     /// When it was committed or last unpinned.
@@ -128,7 +139,7 @@ pub struct Collector {
     timers: BTreeSet<(Time, GrantId)>,
     /// Above the high watermark, and not yet back at the low one.
     draining: bool,
-    given_up: [u64; 4],
+    given_up: [u64; 5],
 }
 
 impl Collector {
@@ -158,7 +169,7 @@ impl Collector {
             candidates: BTreeSet::new(),
             timers: BTreeSet::new(),
             draining: false,
-            given_up: [0; 4],
+            given_up: [0; 5],
         })
     }
 
@@ -174,6 +185,7 @@ impl Collector {
             pages,
             pins: 0,
             expected: Vec::new(),
+            overdue: None,
             retrieved: false,
             retired: false,
             used: now,
@@ -211,11 +223,15 @@ impl Collector {
         });
     }
 
-    /// One claim of the chunk is expected until then. Counts: two that are expected are two pins that take them.
-    pub fn expect(&mut self, grant: GrantId, until: Time) {
+    /// One claim of the chunk is expected from now on, for as long as unclaimed chunks may lie. Counts: two that are
+    /// expected are two pins that take them.
+    pub fn expect(&mut self, now: Time, grant: GrantId) {
+        let until = now.saturating_add(self.config.unclaimed_ttl);
+        let overdue = now.saturating_add(self.config.overdue_after);
         self.change(grant, |chunk| {
             let at = chunk.expected.partition_point(|other| *other <= until);
             chunk.expected.insert(at, until);
+            chunk.overdue = chunk.overdue.max(Some(overdue));
         });
     }
 
@@ -232,14 +248,15 @@ impl Collector {
     /// Appends what to give up now to `out`, in that order, and forgets it.
     ///
     /// `used_pages` are those in use that have not been given up yet: condemned pages are not among them, or the same
-    /// shortage would be answered twice. `wanted_pages` is what the next grant needs and does not find.
-    /// If a whole batch was appended, or [`Self::next_deadline`] is past, there may be more.
+    /// shortage would be answered twice. `wanted_pages` is what the next grant needs and does not find. `goes_on` tells
+    /// whether more of a chunk's prompt is to come, so that it is not overdue yet. If a whole batch was appended, or [`Self::next_deadline`] is past, there may be more.
     pub fn tick(
         &mut self,
         now: Time,
         used_pages: u32,
         total_pages: u32,
         wanted_pages: u32,
+        goes_on: impl Fn(GrantId) -> bool,
         out: &mut Vec<GrantId>,
     ) {
         self.run_out(now);
@@ -251,8 +268,16 @@ impl Collector {
         let mut used = used_pages;
         for _ in 0..self.config.batch {
             self.draining &= used > low;
-            let Some(&(reason, _, grant)) = self.candidates.first() else { break };
-            if reason == Reason::Pressure && !self.draining && used <= room {
+            // Those that go on are passed over each time: there are as many as prompts that are being sent.
+            let goes = |reason: Reason, grant| reason != Reason::Overdue || !goes_on(grant);
+            let next = self.candidates.iter().find(|(reason, _, grant)| goes(*reason, *grant));
+            let Some(&(reason, _, grant)) = next else { break };
+            let needed = match reason {
+                Reason::Pressure => self.draining || used > room,
+                Reason::Overdue => used > room,
+                Reason::Explicit | Reason::Retrieved | Reason::Unclaimed => true,
+            };
+            if !needed {
                 break;
             }
             used = used.saturating_sub(self.remove(grant));
@@ -266,7 +291,10 @@ impl Collector {
     /// point in the past if something can be given up already.
     pub fn next_deadline(&self) -> Option<Time> {
         match self.candidates.first() {
-            Some((reason, ..)) if *reason < Reason::Pressure || self.draining => Some(Time::ZERO),
+            Some((Reason::Explicit | Reason::Retrieved | Reason::Unclaimed, ..)) => {
+                Some(Time::ZERO)
+            }
+            Some((Reason::Pressure, ..)) if self.draining => Some(Time::ZERO),
             _ => self.timers.first().map(|(due, _)| *due),
         }
     }
@@ -288,8 +316,8 @@ impl Collector {
 
     /// The collector in numbers.
     pub fn stats(&self) -> GcStats {
-        let [explicit, retrieved, unclaimed, pressure] = self.given_up;
-        GcStats { chunks: self.len(), explicit, retrieved, unclaimed, pressure }
+        let [explicit, retrieved, unclaimed, pressure, overdue] = self.given_up;
+        GcStats { chunks: self.len(), explicit, retrieved, unclaimed, pressure, overdue }
     }
 
     /// Lets TTLs and expected claims run out.
@@ -300,6 +328,7 @@ impl Collector {
             self.change(grant, |chunk| {
                 chunk.ttl = chunk.ttl.filter(|ttl| *ttl > now);
                 chunk.expected.retain(|until| *until > now);
+                chunk.overdue = chunk.overdue.filter(|overdue| *overdue > now);
             });
         }
     }
@@ -343,8 +372,10 @@ impl Chunk {
             None
         } else if self.retired {
             Some(Reason::Explicit)
-        } else if !config.enabled || self.children > 0 || !self.expected.is_empty() {
+        } else if !config.enabled || self.children > 0 {
             None
+        } else if !self.expected.is_empty() {
+            self.overdue.is_none().then_some(Reason::Overdue)
         } else if self.retrieved && config.after_retrieve == AfterRetrieve::Drop {
             Some(Reason::Retrieved)
         } else if !self.retrieved && self.ttl.is_none() {
@@ -356,6 +387,7 @@ impl Chunk {
 
     /// When the time alone next changes something about it.
     fn due(&self) -> Option<Time> {
-        self.expected.first().copied().into_iter().chain(self.ttl).min()
+        let overdue = self.overdue.filter(|_| !self.expected.is_empty());
+        self.expected.first().copied().into_iter().chain(self.ttl).chain(overdue).min()
     }
 }

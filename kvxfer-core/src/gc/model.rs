@@ -7,13 +7,25 @@ use super::*;
 
 #[derive(Clone, Debug)]
 enum Step {
-    Insert { parent: u64, pages: u32 },
+    Insert {
+        parent: u64,
+        pages: u32,
+    },
     Pin(u64),
-    Unpin { grant: u64, retrieved: bool },
-    Expect { grant: u64, seconds: u64 },
+    Unpin {
+        grant: u64,
+        retrieved: bool,
+    },
+    Expect(u64),
     Retire(u64),
     Forget(u64),
-    Tick { seconds: u64, used: u32, wanted: u32 },
+    /// Of the grants, one goes on.
+    Tick {
+        seconds: u64,
+        used: u32,
+        wanted: u32,
+        goes_on: Option<u64>,
+    },
 }
 
 /// Grants count backwards from the newest, so that most steps meet one that is there.
@@ -23,11 +35,11 @@ fn step() -> impl Strategy<Value = Step> {
         4 => (0u64..4, 1u32..9).prop_map(|(parent, pages)| Step::Insert { parent, pages }),
         3 => back().prop_map(Step::Pin),
         4 => (back(), any::<bool>()).prop_map(|(grant, retrieved)| Step::Unpin { grant, retrieved }),
-        2 => (back(), 0u64..15).prop_map(|(grant, seconds)| Step::Expect { grant, seconds }),
+        2 => back().prop_map(Step::Expect),
         1 => back().prop_map(Step::Retire),
         1 => back().prop_map(Step::Forget),
-        4 => (0u64..4, 0u32..=100, prop_oneof![3 => Just(0), 1 => 0u32..110])
-            .prop_map(|(seconds, used, wanted)| Step::Tick { seconds, used, wanted }),
+        4 => (0u64..4, 0u32..=100, prop_oneof![1 => Just(0), 1 => 0u32..110], prop::option::of(back()))
+            .prop_map(|(seconds, used, wanted, goes_on)| Step::Tick { seconds, used, wanted, goes_on }),
     ]
 }
 
@@ -36,7 +48,10 @@ struct Item {
     parent: GrantId,
     pages: u32,
     pins: u32,
+    /// Since when.
     expected: Vec<Time>,
+    /// The newest there ever was.
+    newest: Time,
     retrieved: bool,
     retired: bool,
     used: Time,
@@ -55,15 +70,18 @@ impl Model {
 
     fn why(&self, now: Time, item: &Item) -> Option<Reason> {
         let followed = self.items.iter().any(|other| other.parent == item.grant);
-        let expected = item.expected.iter().any(|until| *until > now);
+        let expected = item.expected.iter().any(|since| *since + self.config.unclaimed_ttl > now);
         if item.pins > 0 {
             return None;
         }
         if item.retired {
             return Some(Reason::Explicit);
         }
-        if !self.config.enabled || followed || expected {
+        if !self.config.enabled || followed {
             return None;
+        }
+        if expected {
+            return (item.newest + self.config.overdue_after <= now).then_some(Reason::Overdue);
         }
         Some(match item.retrieved {
             true if self.config.after_retrieve == AfterRetrieve::Drop => Reason::Retrieved,
@@ -72,20 +90,31 @@ impl Model {
         })
     }
 
-    fn tick(&mut self, now: Time, used: u32, wanted: u32) -> Vec<GrantId> {
-        self.items.iter_mut().for_each(|item| item.expected.retain(|until| *until > now));
+    fn tick(
+        &mut self,
+        now: Time,
+        used: u32,
+        wanted: u32,
+        goes_on: Option<GrantId>,
+    ) -> Vec<GrantId> {
+        let ttl = self.config.unclaimed_ttl;
+        self.items.iter_mut().for_each(|item| item.expected.retain(|since| *since + ttl > now));
         self.draining |= used > 80;
         let mut used = i64::from(used);
         let mut out = Vec::new();
         while out.len() < self.config.batch {
             self.draining &= used > 60;
-            let pressed = self.draining || (wanted <= 100 && used + i64::from(wanted) > 100);
+            let short = wanted <= 100 && used + i64::from(wanted) > 100;
+            let holds = |why: Reason, grant| match why {
+                Reason::Pressure => self.draining || short,
+                Reason::Overdue => short && goes_on != Some(grant),
+                _ => true,
+            };
             let all = self
                 .items
                 .iter()
                 .filter_map(|item| Some((self.why(now, item)?, item.used, item.grant)));
-            let Some((_, _, grant)) =
-                all.filter(|(why, ..)| *why < Reason::Pressure || pressed).min()
+            let Some((_, _, grant)) = all.filter(|(why, _, grant)| holds(*why, *grant)).min()
             else {
                 break;
             };
@@ -129,6 +158,7 @@ fn run(config: GcConfig, steps: Vec<Step>) {
                     pages,
                     pins: 0,
                     expected: Vec::new(),
+                    newest: Time::ZERO,
                     retrieved: false,
                     retired: false,
                     used: now,
@@ -151,12 +181,12 @@ fn run(config: GcConfig, steps: Vec<Step>) {
                     item.retrieved |= retrieved;
                 }
             }
-            Step::Expect { grant: back, seconds } => {
-                gc.expect(grant(back), now + at(seconds));
-                model
-                    .item(grant(back))
-                    .into_iter()
-                    .for_each(|item| item.expected.push(now + at(seconds)));
+            Step::Expect(back) => {
+                gc.expect(now, grant(back));
+                if let Some(item) = model.item(grant(back)) {
+                    item.expected.push(now);
+                    item.newest = now;
+                }
             }
             Step::Retire(back) => {
                 gc.retire(grant(back));
@@ -166,11 +196,12 @@ fn run(config: GcConfig, steps: Vec<Step>) {
                 gc.forget(grant(back));
                 model.items.retain(|item| item.grant != grant(back));
             }
-            Step::Tick { seconds, used, wanted } => {
+            Step::Tick { seconds, used, wanted, goes_on } => {
                 now += at(seconds);
                 let mut out = Vec::new();
-                gc.tick(now, used, 100, wanted, &mut out);
-                assert_eq!(out, model.tick(now, used, wanted));
+                let goes_on = goes_on.map(grant);
+                gc.tick(now, used, 100, wanted, |grant| goes_on == Some(grant), &mut out);
+                assert_eq!(out, model.tick(now, used, wanted, goes_on));
             }
         }
         sound(&gc);

@@ -6,13 +6,14 @@ pub(super) fn at(seconds: u64) -> Time {
     Duration::from_secs(seconds)
 }
 
-/// Ten seconds of TTL, the watermarks at 80 and 60 of 100 pages.
+/// Ten seconds of TTL, four until a claim is overdue, the watermarks at 80 and 60 of 100 pages.
 pub(super) fn config(after_retrieve: AfterRetrieve) -> GcConfig {
     GcConfig {
         after_retrieve,
         high_watermark: 0.8,
         low_watermark: 0.6,
         unclaimed_ttl: at(10),
+        overdue_after: at(4),
         batch: 100,
         ..GcConfig::default()
     }
@@ -25,7 +26,7 @@ fn collector(after_retrieve: AfterRetrieve) -> Collector {
 /// A tick in a pool of 100 pages, of which as many are in use.
 fn tick(collector: &mut Collector, now: u64, used: u32, wanted: u32) -> Vec<u64> {
     let mut out = Vec::new();
-    collector.tick(at(now), used, 100, wanted, &mut out);
+    collector.tick(at(now), used, 100, wanted, |_| false, &mut out);
     out.into_iter().map(|grant| grant.0).collect()
 }
 
@@ -118,16 +119,52 @@ fn unclaimed_chunks_run_out_and_a_claim_let_go_starts_anew() {
 fn an_expected_claim_keeps_a_chunk_until_it_comes_or_runs_out() {
     let mut gc = collector(AfterRetrieve::Drop);
     gc.insert(at(0), GrantId(1), None, 10);
-    gc.expect(GrantId(1), at(30));
-    gc.expect(GrantId(1), at(20));
-    assert_eq!(tick(&mut gc, 10, 100, 100), NONE);
+    gc.expect(at(20), GrantId(1));
+    gc.expect(at(10), GrantId(1));
+    assert_eq!(tick(&mut gc, 10, 100, 0), NONE);
     assert_eq!(gc.next_deadline(), Some(at(20)));
     retrieve(&mut gc, 11, 1..=1);
-    // The pin took the one until 20; the other is still expected.
-    assert_eq!(gc.next_deadline(), Some(at(30)));
+    // The pin took the one until 20; the other is still expected, and from 24 on overdue.
+    assert_eq!(gc.next_deadline(), Some(at(24)));
     assert_eq!(tick(&mut gc, 29, 100, 0), NONE);
+    assert_eq!(gc.next_deadline(), Some(at(30)));
     assert_eq!(tick(&mut gc, 30, 10, 0), [1]);
     assert_eq!(gc.stats().retrieved, 1);
+}
+
+#[test]
+fn an_overdue_claim_gives_way_to_a_grant_without_room_oldest_first_and_to_nothing_else() {
+    let mut gc = collector(AfterRetrieve::Drop);
+    for grant in 1..=3 {
+        gc.insert(at(grant), GrantId(grant), None, 10);
+        gc.expect(at(grant), GrantId(grant));
+    }
+    gc.insert(at(4), GrantId(4), None, 10);
+    assert_eq!(gc.next_deadline(), Some(at(5)), "the first one is overdue then");
+    assert_eq!(tick(&mut gc, 4, 100, 40), [4], "nobody expects it");
+    assert_eq!(tick(&mut gc, 4, 90, 100), NONE);
+    // Expected once more: it is overdue later.
+    gc.expect(at(4), GrantId(1));
+    // Above the watermark, and somebody wants room, but there is some.
+    assert_eq!(tick(&mut gc, 7, 90, 10), NONE);
+    assert_eq!(gc.next_deadline(), Some(at(8)), "not at once, though it is above the watermark");
+    assert_eq!(tick(&mut gc, 7, 90, 20), [2]);
+    assert_eq!(tick(&mut gc, 7, 80, 100), [3]);
+    assert_eq!(tick(&mut gc, 8, 70, 100), [1]);
+    assert_eq!((gc.stats().overdue, gc.stats().pressure), (3, 1));
+}
+
+#[test]
+fn what_goes_on_is_not_overdue() {
+    let mut gc = collector(AfterRetrieve::Drop);
+    for grant in 1..=3 {
+        gc.insert(at(0), GrantId(grant), (grant == 2).then_some(GrantId(1)), 10);
+        gc.expect(at(0), GrantId(grant));
+    }
+    let mut out = Vec::new();
+    gc.tick(at(9), 100, 100, 100, |grant| grant == GrantId(2), &mut out);
+    assert_eq!(out, [GrantId(3)], "nor is what it follows");
+    assert_eq!(tick(&mut gc, 9, 90, 100), [2, 1]);
 }
 
 #[test]
@@ -181,7 +218,7 @@ fn a_retired_chunk_goes_once_unpinned_whoever_follows_or_expects_it() {
     let mut gc = collector(AfterRetrieve::Keep);
     prompt(&mut gc, 2);
     gc.pin(GrantId(1));
-    gc.expect(GrantId(1), at(99));
+    gc.expect(at(89), GrantId(1));
     gc.retire(GrantId(1));
     assert_eq!(tick(&mut gc, 3, 20, 0), NONE);
     gc.unpin(at(3), GrantId(1), false);
@@ -197,7 +234,7 @@ fn when_disabled_only_retiring_gives_up() {
     let mut gc = Collector::new(config).unwrap();
     prompt(&mut gc, 3);
     retrieve(&mut gc, 3, 1..=1);
-    gc.expect(GrantId(2), at(5));
+    gc.expect(at(1), GrantId(2));
     assert_eq!(gc.next_deadline(), None);
     assert_eq!(tick(&mut gc, 1000, 100, 100), NONE);
     gc.retire(GrantId(2));
@@ -214,7 +251,7 @@ fn what_someone_else_removed_is_forgotten() {
     gc.forget(GrantId(2));
     assert_eq!(tick(&mut gc, 2, 10, 0), [1]);
     gc.unpin(at(2), GrantId(1), true);
-    gc.expect(GrantId(1), at(9));
+    gc.expect(at(9), GrantId(1));
     gc.retire(GrantId(1));
     assert_eq!((gc.len(), gc.next_deadline()), (0, None));
 }

@@ -15,6 +15,8 @@ pub enum Bug {
     MatchWithoutPin,
     /// A chunk is dropped after one load though more are to be expected.
     DropIgnoresExpected,
+    /// An expected claim gives way at once when there is no room.
+    ExpectedYield,
     /// A fence is acknowledged while writes are under way.
     FenceAckEarly,
     /// Fresh memory behind one writer's segment is taken for the death of all writers.

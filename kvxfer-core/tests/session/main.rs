@@ -3,6 +3,7 @@
 mod claims;
 mod faults;
 mod offers;
+mod overdue;
 mod producer;
 mod rig;
 mod schedulers;

@@ -88,6 +88,7 @@ fn check_coverage(counts: &Counts) {
         "load failed: timeout",
         "load failed: peer lost",
         "local prefix hit",
+        "given up: overdue",
         "copy found corrupt",
     ];
     let missing: Vec<_> = must.iter().filter(|step| counts.total(step) == 0).collect();
@@ -140,6 +141,7 @@ fn planted() {
         Bug::LateCommitIndexed,
         Bug::MatchWithoutPin,
         Bug::DropIgnoresExpected,
+        Bug::ExpectedYield,
         Bug::FenceAckEarly,
         Bug::ReplaceFreesOthers,
     ];

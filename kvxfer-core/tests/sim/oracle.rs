@@ -7,7 +7,7 @@ use kvxfer_core::pool::{Extent, PageState};
 use kvxfer_core::session::{Consumer, Copied};
 use kvxfer_core::wire::Message;
 use kvxfer_core::wire::message::CommitOutcome;
-use kvxfer_core::{ChunkKey, ClaimId, GrantId, Incarnation, LoadId, SegmentId};
+use kvxfer_core::{ChunkKey, ClaimId, GrantId, Incarnation, LoadId, SegmentId, Time};
 
 use crate::data::Word;
 use crate::plan::Mode;
@@ -25,6 +25,8 @@ struct Ghost {
     /// The leave to write has ended: a commit that comes now is late.
     over: bool,
     indexed: bool,
+    /// When its producer, or another one, was last told that it is here.
+    promised: Time,
     fresh: BTreeSet<SegmentId>,
 }
 
@@ -44,6 +46,10 @@ pub(crate) struct Oracle {
     resident: BTreeMap<(usize, ChunkKey), GrantId>,
     pins: BTreeMap<(usize, ClaimId), Pins>,
     pages: BTreeMap<usize, Vec<(PageState, GrantId)>>,
+    /// How many chunks it gave up so far because their claims were overdue.
+    overdue: BTreeMap<usize, u64>,
+    /// What was ever claimed there.
+    claimed: BTreeSet<(usize, ChunkKey)>,
     /// Posts that have not ended, by poster, peer and grant.
     pub(crate) in_flight: BTreeMap<(usize, Incarnation, GrantId), u32>,
     pub(crate) tampered: BTreeSet<(usize, GrantId)>,
@@ -56,6 +62,8 @@ impl Oracle {
         self.resident.retain(|(at, _), _| *at != proc);
         self.pins.retain(|(at, _), _| *at != proc);
         self.pages.remove(&proc);
+        self.overdue.remove(&proc);
+        self.claimed.retain(|(at, _)| *at != proc);
         self.in_flight.retain(|(at, ..), _| *at != proc);
         self.tampered.retain(|(at, _)| *at != proc);
     }
@@ -71,6 +79,7 @@ impl World {
         message: &Message,
     ) {
         let _ = consumer;
+        let now = self.local(proc);
         let link = link.0 as usize - 1;
         match message {
             Message::Granted { offer, grants, .. } => {
@@ -85,6 +94,7 @@ impl World {
                         fenced: false,
                         over: false,
                         indexed: false,
+                        promised: Time::ZERO,
                         fresh: BTreeSet::new(),
                     };
                     if self.oracle.grants.insert((proc, granted.grant), ghost).is_some() {
@@ -102,10 +112,21 @@ impl World {
                     return self.fail(format!("grant {grant} is indexed and was never given"));
                 };
                 if !std::mem::replace(&mut ghost.indexed, true) {
+                    ghost.promised = now;
                     let (key, over) = (ghost.key, ghost.over);
                     self.oracle.resident.insert((proc, key), *grant);
                     if over {
                         self.fail(format!("grant {grant} was indexed after its leave had ended"));
+                    }
+                }
+            }
+            Message::Have { offer, chunks } => {
+                for &chunk in chunks {
+                    let key = self.oracle_key(proc, link, *offer, chunk);
+                    let here = self.oracle.resident.get(&(proc, key));
+                    let ghost = here.and_then(|&grant| self.oracle.grants.get_mut(&(proc, grant)));
+                    if let Some(ghost) = ghost {
+                        ghost.promised = now;
                     }
                 }
             }
@@ -154,6 +175,7 @@ impl World {
             }
             Message::Claim { claim, chunks, .. } => {
                 let count = chunks.len();
+                self.oracle.claimed.extend(chunks.iter().map(|chunk| (proc, chunk.key)));
                 self.oracle.pins.entry((proc, *claim)).or_insert_with(|| Pins {
                     link,
                     keys: chunks.iter().map(|chunk| chunk.key).collect(),
@@ -291,6 +313,7 @@ impl World {
             consumer.page(SegmentId(at / per), at % per)
         };
         let count = geometry.segments * geometry.pages_per_segment;
+        let local = self.local(proc);
         let now: Vec<_> = (0..count).map(page).collect();
         let mut wrong = None;
         if consumer.pages_leaked() != 0 {
@@ -304,6 +327,16 @@ impl World {
                 if writing && gone && !ghost.is_some_and(|ghost| ghost.fenced) {
                     wrong = Some(format!(
                         "page {at} was {old:?} and is {new:?}, without a fence of its writer"
+                    ));
+                }
+                // More than one claim may be expected: only of one that never had any it is known from outside.
+                let held = |ghost: &Ghost| {
+                    let firm = ghost.promised + self.plan.firm();
+                    firm > local && !self.oracle.claimed.contains(&(proc, ghost.key))
+                };
+                if old.0 == PageState::Committed && gone && ghost.is_some_and(held) {
+                    wrong = Some(format!(
+                        "page {at} was {old:?}, promised and never claimed, and is {new:?}"
                     ));
                 }
                 if new.0 != PageState::Free && !self.oracle.grants.contains_key(&(proc, new.1)) {
@@ -324,6 +357,10 @@ impl World {
                     wrong = Some(format!("claim {claim} lost grant {grant}, which was ready"));
                 }
             }
+        }
+        let overdue = consumer.stats().overdue;
+        for _ in self.oracle.overdue.insert(proc, overdue).unwrap_or(0)..overdue {
+            self.counts.step("given up: overdue", self.now);
         }
         self.oracle.pages.insert(proc, now);
         if let Some(wrong) = wrong {

@@ -79,6 +79,8 @@ impl Plan {
         let slow = if rough { 1 } else { 20 };
         let ttl = Duration::from_millis(if rough { rng.range(150, 3000) } else { 60_000 });
         let keep = rng.permille(if mode == Mode::Tight { 0 } else { 300 });
+        // Without faults every claim comes sooner.
+        let overdue_after = if rough { 20 + mix(seed, 1) % 1500 } else { 2000 };
         Self {
             mode,
             prefills,
@@ -103,6 +105,7 @@ impl Plan {
                 high_watermark: 0.9,
                 low_watermark: 0.7,
                 unclaimed_ttl: ttl,
+                overdue_after: Duration::from_millis(overdue_after),
                 batch: rng.range(1, 20) as usize,
             },
             window: rng.range(3, 40) as u32,
@@ -151,6 +154,11 @@ impl Plan {
 
     pub(crate) fn keeps(&self) -> bool {
         self.gc.after_retrieve == AfterRetrieve::Keep
+    }
+
+    /// How long a chunk that a claim is expected for stays, whatever else wants room.
+    pub(crate) fn firm(&self) -> Duration {
+        self.gc.overdue_after.min(self.gc.unclaimed_ttl)
     }
 
     pub(crate) fn geometry(&self) -> Geometry {

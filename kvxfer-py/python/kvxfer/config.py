@@ -216,7 +216,10 @@ class Config:
     high_watermark: float = _key(_fraction, 0.9, "keep: collect when the pool is that full …")
     low_watermark: float = _key(_fraction, 0.7, "… until it is only that full.")
     unclaimed_ttl: float = _key(
-        _seconds, 60.0, "Seconds after which a chunk that nobody claimed goes."
+        _seconds,
+        60.0,
+        "Seconds after which a chunk that nobody claimed goes. After 10 it gives way to a prompt "
+        "that finds no room.",
     )
     chunk_size: int | None = _key(
         _count,

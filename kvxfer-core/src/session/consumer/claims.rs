@@ -193,8 +193,11 @@ impl Consumer {
                 wanted.hold = Hold::Released;
                 if let Some(entry) = self.entries.get_mut(&key) {
                     entry.claims.retain(|&waiting| waiting != (id, chunk));
-                    // It took nothing, so whoever was expected still is.
-                    entry.claimed = entry.claimed.saturating_sub(1);
+                    // It was the one that an offer led to and will not come again; unless there are more claims
+                    // than offers: then it took nothing, and whoever was expected still is.
+                    if entry.claimed as usize > entry.promised as usize + entry.offers.len() {
+                        entry.claimed -= 1;
+                    }
                 }
                 self.tidy(&key);
             }

@@ -26,6 +26,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
+use super::planted::{Bug, planted};
 use super::protocol;
 use super::timers::Timers;
 use crate::gc::Collector;
@@ -153,8 +154,11 @@ impl Consumer {
     ///
     /// # Errors
     /// The layout or the collector's configuration is invalid.
-    pub fn new(config: ConsumerConfig) -> Result<Self> {
+    pub fn new(mut config: ConsumerConfig) -> Result<Self> {
         config.layout.validate()?;
+        if planted(Bug::ExpectedYield) {
+            config.gc.overdue_after = Duration::ZERO;
+        }
         let segments = (0..config.geometry.segments).map(|_| SegmentState::default()).collect();
         Ok(Self {
             pool: Pool::new(config.geometry),

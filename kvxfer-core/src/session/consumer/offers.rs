@@ -133,7 +133,7 @@ impl Consumer {
             && entry.promised > entry.claimed
             && !planted(Bug::DropIgnoresExpected)
         {
-            self.collector.expect(grant, now + self.config.gc.unclaimed_ttl);
+            self.collector.expect(now, grant);
         }
     }
 
@@ -173,6 +173,7 @@ impl Consumer {
         let Some(entry) = self.entries.get_mut(&key) else { return };
         if entry.offers.is_empty() && entry.writing.is_none() && entry.committed.is_none() {
             entry.lost_until = Some(until);
+            (entry.promised, entry.claimed) = (0, entry.claims.len() as u32);
             self.lost.push_back((until, key));
             self.touched.extend(entry.claims.iter().map(|&(claim, _)| claim));
         }

@@ -299,7 +299,12 @@ impl Consumer {
         let pages = self.pool.pages();
         let used = pages - self.pool.count(PageState::Free);
         let mut condemned = Vec::new();
-        self.collector.tick(now, used, pages, wanted_pages, &mut condemned);
+        let goes_on = |number| {
+            let place = self.grants.get(&number).map(|grant: &Grant| grant.place);
+            place.is_some_and(|place| self.offers.contains_key(&(place.link, place.offer)))
+        };
+        self.collector.tick(now, used, pages, wanted_pages, goes_on, &mut condemned);
+        self.stats.overdue = self.collector.stats().overdue;
         for &number in &condemned {
             self.give_up(number);
         }

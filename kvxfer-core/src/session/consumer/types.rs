@@ -121,6 +121,8 @@ pub struct ConsumerStats {
     pub failed_loads: u64,
     /// Chunks whose bytes were not those that were sent.
     pub corrupt: u64,
+    /// Chunks given up for others' because the claims that were expected for them did not come in time.
+    pub overdue: u64,
     /// Segments whose memory had to be replaced.
     pub replaced_segments: u64,
 }
