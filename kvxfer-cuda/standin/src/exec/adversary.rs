@@ -33,6 +33,9 @@ enum Mood {
 /// Steps of work that nobody waits for between two that somebody waits for, at most.
 const PATIENCE: u32 = 256;
 
+/// Steps in one mood, on average.
+const STEADY: u64 = 8;
+
 #[derive(Debug)]
 pub(super) struct Adversary {
     seed: u64,
@@ -65,10 +68,12 @@ impl Adversary {
         (z ^ (z >> 31)) % n.max(1)
     }
 
-    /// Somebody new waits for something: the mood may change. Seed 0 stays with `Late`.
-    pub(super) fn provoke(&mut self) {
+    /// Changes the mood now and then. Seed 0 stays with `Late`.
+    fn waver(&mut self) {
+        if self.seed == 0 || self.below(STEADY) != 0 {
+            return;
+        }
         self.mood = match self.below(5) {
-            _ if self.seed == 0 => Mood::Late,
             0 | 1 => Mood::Late,
             2 | 3 => Mood::Early,
             _ => Mood::Lots,
@@ -79,6 +84,7 @@ impl Adversary {
     /// waits for, ready or not; without one nothing runs.
     pub(super) fn choose(&mut self, ready: &[Ready], oldest: Option<u64>) -> Option<StreamId> {
         let oldest = oldest?;
+        self.waver();
         if self.strayed >= PATIENCE
             && let Some(choice) = ready.iter().filter(|r| r.demanded).min_by_key(|r| r.first)
         {

@@ -58,10 +58,7 @@ pub(super) fn with<T>(change: impl FnOnce(&mut Queues) -> T) -> T {
 /// The device's own, if it is broken; `LAUNCH_TIMEOUT` when nothing has moved for the configured
 /// time: a real driver would wait for ever.
 pub(super) fn wait(ticket: &Ticket, gpu: Gpu) -> Result {
-    with(|queues| {
-        queues.adversary.provoke();
-        queues.demand(ticket);
-    });
+    with(|queues| queues.demand(ticket));
     let mut queues = EXEC.queues.lock();
     let patience = Duration::from_millis(state::config().map_or(0, |config| config.stuck));
     let mut moved = (queues.steps, Instant::now());
@@ -85,7 +82,6 @@ fn run() {
     loop {
         let due = queues.due(delay);
         if due.is_some_and(|due| due <= Instant::now()) {
-            queues.adversary.provoke();
             queues.demand_all();
         }
         let choice = choose(&mut queues);
