@@ -6,12 +6,14 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Write as _};
+use std::net::Shutdown;
 use std::ops::Deref;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
 use kvxfer_cuda::driver::{
@@ -30,6 +32,7 @@ const ROLE: &str = "KVXFER_TEST_CHILD";
 pub struct Lease<T> {
     value: T,
     _lock: File,
+    _watchdog: Sender<()>,
 }
 
 impl<T> Deref for Lease<T> {
@@ -69,7 +72,21 @@ fn lease<T>(exclusive: bool, value: impl FnOnce(Arc<dyn Driver>) -> Option<T>) -
     let operation =
         if exclusive { FlockOperation::LockExclusive } else { FlockOperation::LockShared };
     flock(&lock, operation).unwrap();
-    Some(Lease { value: value(driver)?, _lock: lock })
+    Some(Lease { value: value(driver)?, _lock: lock, _watchdog: watchdog() })
+}
+
+/// Ends this process unless what is returned is dropped in time: a driver's call that hangs can't be
+/// ended otherwise.
+fn watchdog() -> Sender<()> {
+    let name = std::thread::current().name().unwrap_or_default().to_owned();
+    let (sender, receiver) = mpsc::channel();
+    std::thread::spawn(move || {
+        if receiver.recv_timeout(2 * DEADLINE) == Err(RecvTimeoutError::Timeout) {
+            let _ = writeln!(io::stderr(), "{name} hangs");
+            std::process::abort();
+        }
+    });
+    sender
 }
 
 /// The first device, beside other tests.
@@ -98,7 +115,8 @@ pub fn child_device() -> Device {
     Device::open(driver::cuda().unwrap(), 0).unwrap()
 }
 
-/// The device of a test, or the end of the test.
+/// The device of a test, or the end of the test: beside others, `alone`, alone where memory is `counted` for all
+/// processes, or `two`.
 macro_rules! device {
     () => {
         match $crate::harness::one_device() {
@@ -112,6 +130,13 @@ macro_rules! device {
             None => return,
         }
     };
+    (counted) => {
+        match $crate::harness::device_alone() {
+            Some(_) if $crate::harness::no_ledger() => return,
+            Some(device) => device,
+            None => return,
+        }
+    };
     (two) => {
         match $crate::harness::two_devices() {
             Some(devices) => devices,
@@ -120,6 +145,16 @@ macro_rules! device {
     };
 }
 pub(crate) use device;
+
+/// Whether the driver doesn't know what other processes use, which is said: a stand-in without a ledger.
+pub fn no_ledger() -> bool {
+    let configured = std::env::var("KVXFER_STANDIN").unwrap_or_default();
+    let none = on_standin() && !configured.contains("ledger=");
+    if none {
+        skip("the stand-in has no ledger");
+    }
+    none
+}
 
 /// What the stand-in counts as alive in this process; none on a real driver.
 pub fn live() -> Option<Vec<u64>> {
@@ -269,9 +304,25 @@ impl Wire {
         (bytes, fds.remove(0))
     }
 
-    /// Whether the other side has gone.
-    pub fn ended(&mut self) -> bool {
-        matches!(self.0.read(&mut [0]), Ok(0))
+    /// The next order; none when the other side has gone.
+    pub fn order(&mut self) -> Option<[u8; 2]> {
+        let mut bytes = [0; 2];
+        self.0.read_exact(&mut bytes).ok().map(|()| bytes)
+    }
+
+    /// From now on [`Wire::asked`] doesn't wait.
+    pub fn nonblocking(&mut self) {
+        self.0.set_nonblocking(true).unwrap();
+    }
+
+    /// Whether there is an order; none when the other side has gone.
+    pub fn asked(&mut self) -> Option<bool> {
+        match self.0.read(&mut [0; 2]) {
+            Ok(0) => None,
+            Ok(_) => Some(true),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Some(false),
+            Err(_) => None,
+        }
     }
 }
 
@@ -321,6 +372,13 @@ impl Peer {
         let mut fds = [PollFd::new(&pidfd, PollFlags::IN)];
         assert_eq!(poll(&mut fds, Some(&deadline)), Ok(1), "the child does not end");
         self.process.wait().unwrap()
+    }
+
+    /// Lets it end, by going away, and asserts that it ends well.
+    #[track_caller]
+    pub fn ends(self) {
+        self.wire.0.shutdown(Shutdown::Both).unwrap();
+        self.succeeds();
     }
 
     /// Waits for its end, which has to be a success: what it asserted held.
