@@ -35,6 +35,7 @@ extern __thread struct kvx_host *kvx_host;
 #define KVX_KERNEL static void
 #define KVX_INLINE static inline __attribute__((always_inline))
 #define KVX_UNROLL
+#define KVX_ROLLED
 #define KVX_THREAD (kvx_host->thread)
 #define KVX_THREADS (kvx_host->threads)
 
@@ -103,6 +104,11 @@ KVX_INLINE void kvx_store8(u64 at, u64 v)
 KVX_INLINE void kvx_store1(u64 at, u32 v)
 {
     *(unsigned char *)at = (unsigned char)v;
+}
+
+KVX_INLINE u64 kvx_mad(u32 a, u32 b, u64 c)
+{
+    return (u64)a * b + c;
 }
 
 KVX_INLINE void kvx_add(u64 at, u64 v)

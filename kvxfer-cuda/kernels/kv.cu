@@ -24,6 +24,8 @@
 #define KVX_LANES 8u
 // Of a warp.
 #define KVX_GROUPS (32u / KVX_LANES)
+// Of 16 bytes, a thread's share of a tile.
+#define KVX_VECTORS (KVX_TILE / KVX_LANES / 16)
 // What grows the key from word to word; kvxfer_core::sum has the definition of the checksum.
 #define KVX_STEP 0x9E3779B97F4A7C15ull
 
@@ -46,9 +48,10 @@ struct kvx_pair {
 
 #ifdef __CUDACC__
 
-#define KVX_KERNEL extern "C" __global__ __launch_bounds__(1024) void
+#define KVX_KERNEL extern "C" __global__ __launch_bounds__(512, 2) void
 #define KVX_INLINE static __device__ __forceinline__
 #define KVX_UNROLL _Pragma("unroll")
+#define KVX_ROLLED _Pragma("unroll 1")
 #define KVX_THREAD (blockIdx.x * blockDim.x + threadIdx.x)
 #define KVX_THREADS (gridDim.x * blockDim.x)
 
@@ -101,6 +104,14 @@ KVX_INLINE void kvx_store1(u64 at, u32 v)
     asm volatile("st.global.u8 [%0], %1;" : : "l"(at), "r"(v));
 }
 
+// a * b + c, of two halves and a whole.
+KVX_INLINE u64 kvx_mad(u32 a, u32 b, u64 c)
+{
+    u64 v;
+    asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(v) : "r"(a), "r"(b), "l"(c));
+    return v;
+}
+
 KVX_INLINE void kvx_add(u64 at, u64 v)
 {
     asm volatile("red.global.add.u64 [%0], %1;" : : "l"(at), "l"(v));
@@ -110,30 +121,17 @@ KVX_INLINE void kvx_add(u64 at, u64 v)
 #include "host.h"
 #endif
 
-// What a word adds to the sum.
-KVX_INLINE u64 kvx_term(u64 word, u64 key)
+// The sum with another word.
+KVX_INLINE u64 kvx_sum(u64 sum, u64 word, u64 key)
 {
     u64 x = word ^ key;
-    return x + (u64)(u32)x * (u32)(x >> 32);
+    return kvx_mad((u32)x, (u32)(x >> 32), sum + x);
 }
 
 KVX_INLINE u32 kvx_first_tile(u64 items, u32 index)
 {
     // first_tile is the last field.
     return kvx_load4(kvx_at(items + index * (u64)sizeof(struct kvx_item) + 36, 4, 0));
-}
-
-KVX_INLINE struct kvx_item kvx_item_at(u64 items, u32 index)
-{
-    struct kvx_item item;
-    u64 at = kvx_at(items + index * (u64)sizeof(struct kvx_item), sizeof(struct kvx_item), 0);
-    item.src = kvx_load8(at);
-    item.dst = kvx_load8(at + 8);
-    item.len = kvx_load8(at + 16);
-    item.key = kvx_load8(at + 24);
-    item.slot = kvx_load4(at + 32);
-    item.first_tile = kvx_load4(at + 36);
-    return item;
 }
 
 // The item that has the tile. Items of one length, which is what blocks are, take two loads;
@@ -178,131 +176,140 @@ KVX_INLINE u32 kvx_next(u64 items, u32 n_items, u32 index, u32 tile)
     return index + steps;
 }
 
-// The words of `len` bytes from word `first` on, byte by byte; the last one may be cut off.
-KVX_INLINE u64 kvx_bytes(u64 src, u64 dst, u32 len, u32 first, u32 lane, u64 key)
-{
-    u64 sum = 0;
-    for (u32 at = (first + lane) * 8; at < len; at += KVX_LANES * 8) {
-        u32 here = len - at < 8 ? len - at : 8;
-        u64 word = 0;
-        KVX_UNROLL
-        for (u32 i = 0; i < 8; i++) {
-            if (i < here) {
-                word |= (u64)kvx_load1(src + at + i) << (8 * i);
-            }
-        }
-        if (dst != 0) {
-            KVX_UNROLL
-            for (u32 i = 0; i < 8; i++) {
-                if (i < here) {
-                    kvx_store1(dst + at + i, (u32)(word >> (8 * i)));
-                }
-            }
-        }
-        sum += kvx_term(word, key + at / 8 * KVX_STEP);
-    }
-    return sum;
-}
-
 // A whole tile in vectors of 16 bytes: all loads, then all stores, then the sum.
-KVX_INLINE u64 kvx_whole(u64 src, u64 dst, u32 lane, u64 key)
+KVX_INLINE u64 kvx_whole(u64 src, u64 dst, int copy, u32 lane, u64 key)
 {
-    enum { VECTORS = KVX_TILE / KVX_LANES / 16 };
-    struct kvx_pair v[VECTORS];
+    struct kvx_pair v[KVX_VECTORS];
     u64 sum = 0;
     src += lane * 16;
-    key += lane * 2 * KVX_STEP;
+    dst += lane * 16;
+    key += lane * (2 * KVX_STEP);
     KVX_UNROLL
-    for (u32 i = 0; i < VECTORS; i++) {
+    for (u32 i = 0; i < KVX_VECTORS; i++) {
         v[i] = kvx_load16(src + i * KVX_LANES * 16);
     }
-    if (dst != 0) {
-        dst += lane * 16;
+    if (copy) {
         KVX_UNROLL
-        for (u32 i = 0; i < VECTORS; i++) {
+        for (u32 i = 0; i < KVX_VECTORS; i++) {
             kvx_store16(dst + i * KVX_LANES * 16, v[i]);
         }
     }
     KVX_UNROLL
-    for (u32 i = 0; i < VECTORS; i++) {
-        sum += kvx_term(v[i].a, key + i * KVX_LANES * 2 * KVX_STEP);
-        sum += kvx_term(v[i].b, key + (i * KVX_LANES * 2 + 1) * KVX_STEP);
+    for (u32 i = 0; i < KVX_VECTORS; i++) {
+        sum = kvx_sum(sum, v[i].a, key + i * KVX_LANES * 2 * KVX_STEP);
+        sum = kvx_sum(sum, v[i].b, key + (i * KVX_LANES * 2 + 1) * KVX_STEP);
     }
     return sum;
 }
 
-// Part of a tile in vectors of 16 bytes, as many as there are; then the rest.
-KVX_INLINE u64 kvx_part(u64 src, u64 dst, u32 len, u32 lane, u64 key)
+// The first `vectors` vectors of a tile.
+KVX_INLINE u64 kvx_part(u64 src, u64 dst, int copy, u32 vectors, u32 lane, u64 key)
 {
-    enum { VECTORS = KVX_TILE / KVX_LANES / 16 };
-    struct kvx_pair v[VECTORS];
+    struct kvx_pair v[KVX_VECTORS];
     u64 sum = 0;
-    u32 vectors = len / 16;
+    src += lane * 16;
+    dst += lane * 16;
+    key += lane * (2 * KVX_STEP);
     KVX_UNROLL
-    for (u32 i = 0; i < VECTORS; i++) {
+    for (u32 i = 0; i < KVX_VECTORS; i++) {
+        v[i].a = v[i].b = 0;
         if (lane + i * KVX_LANES < vectors) {
-            v[i] = kvx_load16(src + (lane + i * KVX_LANES) * 16);
+            v[i] = kvx_load16(src + i * KVX_LANES * 16);
         }
     }
     KVX_UNROLL
-    for (u32 i = 0; i < VECTORS; i++) {
-        u32 vector = lane + i * KVX_LANES;
-        if (vector < vectors) {
-            if (dst != 0) {
-                kvx_store16(dst + vector * 16, v[i]);
+    for (u32 i = 0; i < KVX_VECTORS; i++) {
+        u64 with = kvx_sum(sum, v[i].a, key + i * KVX_LANES * 2 * KVX_STEP);
+        with = kvx_sum(with, v[i].b, key + (i * KVX_LANES * 2 + 1) * KVX_STEP);
+        if (lane + i * KVX_LANES < vectors) {
+            if (copy) {
+                kvx_store16(dst + i * KVX_LANES * 16, v[i]);
             }
-            sum += kvx_term(v[i].a, key + vector * 2 * KVX_STEP);
-            sum += kvx_term(v[i].b, key + (vector * 2 + 1) * KVX_STEP);
+            sum = with;
         }
-    }
-    if (len % 16 != 0) {
-        sum += kvx_bytes(src, dst, len, vectors * 2, lane, key);
     }
     return sum;
 }
 
-// A tile or part of one in words of 8 bytes; then the rest.
-KVX_INLINE u64 kvx_words(u64 src, u64 dst, u32 len, u32 lane, u64 key)
+// The first `words` words of a tile, one at a time: four loads under way.
+KVX_INLINE u64 kvx_words(u64 src, u64 dst, int copy, u32 words, u32 lane, u64 key)
 {
-    enum { WORDS = KVX_TILE / KVX_LANES / 8 };
-    u64 v[WORDS];
+    u64 v[4];
     u64 sum = 0;
-    u32 words = len / 8;
-    KVX_UNROLL
-    for (u32 i = 0; i < WORDS; i++) {
-        if (lane + i * KVX_LANES < words) {
-            v[i] = kvx_load8(src + (lane + i * KVX_LANES) * 8);
-        }
-    }
-    KVX_UNROLL
-    for (u32 i = 0; i < WORDS; i++) {
-        u32 word = lane + i * KVX_LANES;
-        if (word < words) {
-            if (dst != 0) {
-                kvx_store8(dst + word * 8, v[i]);
+    KVX_ROLLED
+    for (u32 word = lane; word < words; word += 4 * KVX_LANES) {
+        KVX_UNROLL
+        for (u32 i = 0; i < 4; i++) {
+            v[i] = 0;
+            if (word + i * KVX_LANES < words) {
+                v[i] = kvx_load8(src + word * 8 + i * KVX_LANES * 8);
             }
-            sum += kvx_term(v[i], key + word * KVX_STEP);
         }
-    }
-    if (len % 8 != 0) {
-        sum += kvx_bytes(src, dst, len, words, lane, key);
+        KVX_UNROLL
+        for (u32 i = 0; i < 4; i++) {
+            u64 with = kvx_sum(sum, v[i], key + (word + i * KVX_LANES) * KVX_STEP);
+            if (word + i * KVX_LANES < words) {
+                if (copy) {
+                    kvx_store8(dst + word * 8 + i * KVX_LANES * 8, v[i]);
+                }
+                sum = with;
+            }
+        }
     }
     return sum;
 }
 
-// What this lane adds for the tile that starts `offset` bytes into the item.
-KVX_INLINE u64 kvx_tile(const struct kvx_item *item, u64 offset, u32 lane)
+// The words of `len` bytes from word `first` on, byte by byte; the last one may be cut off.
+KVX_INLINE u64 kvx_bytes(u64 src, u64 dst, int copy, u32 len, u32 first, u32 lane, u64 key)
 {
-    u64 left = item->len - offset;
-    u32 len = left < KVX_TILE ? (u32)left : KVX_TILE;
-    u64 key = item->key + offset / 8 * KVX_STEP;
-    u64 src = kvx_at(item->src + offset, len, 0);
-    u64 dst = item->dst != 0 ? kvx_at(item->dst + offset, len, 1) : 0;
-    u32 odd = (u32)(item->src | item->dst);
-    if (odd % 16 == 0) {
-        return len == KVX_TILE ? kvx_whole(src, dst, lane, key) : kvx_part(src, dst, len, lane, key);
+    u64 sum = 0;
+    KVX_ROLLED
+    for (u32 at = (first + lane) * 8; at < len; at += KVX_LANES * 8) {
+        u64 word = 0;
+        KVX_UNROLL
+        for (u32 i = 0; i < 8; i++) {
+            if (at + i < len) {
+                word |= (u64)kvx_load1(src + at + i) << (8 * i);
+            }
+        }
+        if (copy) {
+            KVX_UNROLL
+            for (u32 i = 0; i < 8; i++) {
+                if (at + i < len) {
+                    kvx_store1(dst + at + i, (u32)(word >> (8 * i)));
+                }
+            }
+        }
+        sum = kvx_sum(sum, word, key + at / 8 * KVX_STEP);
     }
-    return odd % 8 == 0 ? kvx_words(src, dst, len, lane, key) : kvx_bytes(src, dst, len, 0, lane, key);
+    return sum;
+}
+
+// What this lane adds for a tile, or for what there is of one.
+KVX_INLINE u64 kvx_tile(u64 src, u64 dst, int copy, u64 left, u32 lane, u64 key)
+{
+    u32 len = left < KVX_TILE ? (u32)left : KVX_TILE;
+    u32 odd = (u32)(copy ? src | dst : src);
+    u32 done = 0;
+    u64 sum = 0;
+    src = kvx_at(src, len, 0);
+    if (copy) {
+        dst = kvx_at(dst, len, 1);
+    }
+    if (odd % 16 == 0) {
+        if (len == KVX_TILE) {
+            return kvx_whole(src, dst, copy, lane, key);
+        }
+        done = len / 16 * 2;
+        sum = kvx_part(src, dst, copy, len / 16, lane, key);
+    } else if (odd % 8 == 0) {
+        done = len / 8;
+        sum = kvx_words(src, dst, copy, done, lane, key);
+    }
+    if (done * 8 < len) {
+        sum += kvx_bytes(src, dst, copy, len, done, lane, key);
+    }
+    return sum;
 }
 
 KVX_INLINE void kvx_flush(u64 sums, u32 slot, u32 lane, u64 sum)
@@ -312,7 +319,7 @@ KVX_INLINE void kvx_flush(u64 sums, u32 slot, u32 lane, u64 sum)
 
 // Copies and sums. `items` and `sums` are addresses on the device: `n_items` (at least 1) of kvx_item,
 // and KVX_LANES sums per slot, which are added to. `n_tiles` is below 2^31. Runs may not overlap, as
-// their order is nobody's. A block is a multiple of 32 threads, at most 1024.
+// their order is nobody's. A block is a multiple of 32 threads, at most 512.
 KVX_KERNEL kvx_copy_sum(u64 items, u64 n_items, u64 n_tiles, u64 sums)
 {
     u32 lane = KVX_THREAD % KVX_LANES;
@@ -325,26 +332,38 @@ KVX_KERNEL kvx_copy_sum(u64 items, u64 n_items, u64 n_tiles, u64 sums)
         return;
     }
     u32 index = kvx_find(items, (u32)n_items, (u32)n_tiles, tile);
-    struct kvx_item item = kvx_item_at(items, index);
-    u64 offset = (u64)(tile - item.first_tile) * KVX_TILE;
+    u32 slot = kvx_load4(kvx_at(items + index * (u64)sizeof(struct kvx_item) + 32, 4, 0));
     u64 sum = 0;
     for (;;) {
-        sum += kvx_tile(&item, offset, lane);
-        tile += KVX_GROUPS;
+        u64 at = kvx_at(items + index * (u64)sizeof(struct kvx_item), sizeof(struct kvx_item), 0);
+        u64 offset = (u64)(tile - kvx_load4(at + 36)) * KVX_TILE;
+        u64 src = kvx_load8(at) + offset;
+        u64 dst = kvx_load8(at + 8);
+        u64 left = kvx_load8(at + 16) - offset;
+        u64 key = kvx_load8(at + 24) + offset / 8 * KVX_STEP;
+        u32 here = kvx_load4(at + 32);
+        int copy = dst != 0;
+        dst += offset;
+        if (here != slot) {
+            kvx_flush(sums, slot, lane, sum);
+            slot = here;
+            sum = 0;
+        }
+        for (;;) {
+            sum += kvx_tile(src, dst, copy, left, lane, key);
+            tile += KVX_GROUPS;
+            if (left <= KVX_GROUPS * KVX_TILE || tile >= end) {
+                break;
+            }
+            src += KVX_GROUPS * KVX_TILE;
+            dst += KVX_GROUPS * KVX_TILE;
+            left -= KVX_GROUPS * KVX_TILE;
+            key += KVX_GROUPS * KVX_TILE / 8 * KVX_STEP;
+        }
         if (tile >= end) {
             break;
         }
-        offset += KVX_GROUPS * KVX_TILE;
-        if (offset >= item.len) {
-            u32 slot = item.slot;
-            index = kvx_next(items, (u32)n_items, index, tile);
-            item = kvx_item_at(items, index);
-            offset = (u64)(tile - item.first_tile) * KVX_TILE;
-            if (item.slot != slot) {
-                kvx_flush(sums, slot, lane, sum);
-                sum = 0;
-            }
-        }
+        index = kvx_next(items, (u32)n_items, index, tile);
     }
-    kvx_flush(sums, item.slot, lane, sum);
+    kvx_flush(sums, slot, lane, sum);
 }
