@@ -12,13 +12,15 @@
 // by the host. So an atomic operation meets at most one other warp's at its address, not 31 of its own.
 //
 // What this assumes about GPUs, and no run has measured:
-//  - The source is read at HBM's latency of about 0.7 us. With 64 bytes under way per thread and 1024
-//    threads on a multiprocessor, 16 of those have 1 MiB under way, several times what a link takes.
-//  - The sum costs seven integer instructions a word (one multiplication with addition), so a
-//    multiprocessor sums about as fast as it loads (64 bytes a clock), and stores don't wait for it.
+//  - HBM answers in about 0.8 us. With 64 bytes under way per thread and 512 threads a block, 16 blocks
+//    have 512 KiB under way: 650 GB/s, more than NVLink 4 carries (NVLink 5 needs 32 blocks).
+//  - Blocks spread over the multiprocessors, one each, before any gets a second.
+//  - The sum costs eight integer instructions a word, about 40 bytes a clock on a multiprocessor: a little
+//    less than what it loads, several times its share of a link; and stores don't wait for it.
 //  - Eight threads store 128 adjacent bytes in one instruction, which NVLink carries as one packet.
 //  - Items stay in L1 (40 bytes, read by eight threads at once), so finding the next one is cheap.
-//  - Addition to memory takes an L2 slice about a clock a sector.
+//  - The additions to memory, one per thread and slot it met (8192 in the least of 16 blocks), take L2 about a
+//    microsecond at the end.
 
 #define KVX_TILE 512u
 #define KVX_LANES 8u
