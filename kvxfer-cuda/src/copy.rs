@@ -33,24 +33,44 @@
 use kvxfer_core::sum::{STEP, term, word_key, words};
 
 /// How stores reach memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stores {
+#[derive(Clone, Copy, Debug)]
+pub enum Stores<'a> {
     /// Through the cache: for what this core reads next.
     Cached,
     /// Past the cache, where the machine and the alignment allow (`dst` a multiple of 8 bytes): for
-    /// what another process reads, or nobody reads soon. Ends with a [`drain`].
-    Streaming,
+    /// what another process reads, or nobody reads soon. They are there for others once the [`Drain`] is gone.
+    Streaming(&'a Drain),
 }
 
-impl Stores {
+impl<'a> Stores<'a> {
     /// For a write of that many bytes into memory that another process reads.
-    pub fn for_peer(len: u64) -> Self {
-        if len < 512 { Self::Cached } else { Self::Streaming }
+    pub fn for_peer(len: u64, drain: &'a Drain) -> Self {
+        if len < 512 { Self::Cached } else { Self::Streaming(drain) }
     }
 
     /// For a load of that many bytes in all, which this process reads when the load is done.
-    pub fn for_load(bytes: u64) -> Self {
-        if bytes < 32 << 20 { Self::Cached } else { Self::Streaming }
+    pub fn for_load(bytes: u64, drain: &'a Drain) -> Self {
+        if bytes < 32 << 20 { Self::Cached } else { Self::Streaming(drain) }
+    }
+}
+
+/// Ends with a [`drain`]. No streaming store is made without one, so none is forgotten; whoever returns to those who
+/// tell others has let go of it. No test would notice one that is missing: it takes another core, and luck.
+#[derive(Debug)]
+#[must_use]
+pub struct Drain(());
+
+impl Drain {
+    /// For the stores from here to where it is dropped.
+    #[expect(clippy::new_without_default, reason = "where it ends matters, so it is made by name")]
+    pub fn new() -> Self {
+        Self(())
+    }
+}
+
+impl Drop for Drain {
+    fn drop(&mut self) {
+        drain();
     }
 }
 
@@ -65,13 +85,13 @@ pub unsafe fn copy_summed(
     len: usize,
     seed: u64,
     index: u64,
-    stores: Stores,
+    stores: Stores<'_>,
 ) -> u64 {
     let kernel = Kernel::best();
     // SAFETY: the caller's promise; the kernel is one that this machine has.
     unsafe {
         match stores {
-            Stores::Streaming if dst.addr().is_multiple_of(8) => {
+            Stores::Streaming(_) if dst.addr().is_multiple_of(8) => {
                 run::<STREAM>(kernel, dst, src, len, seed, index)
             }
             _ => run::<STORE>(kernel, dst, src, len, seed, index),

@@ -11,7 +11,7 @@ use kvxfer_core::session::{Copied, LoadRequest};
 use kvxfer_core::{BlockId, ChunkKey, Error, ErrorKind, GrantId, LoadId, NO_BLOCK, Result, sum};
 
 use super::Loaded;
-use crate::copy::{Stores, copy_summed, drain, sum_of};
+use crate::copy::{Drain, Stores, copy_summed, sum_of};
 use crate::memory::{HostPool, Regions};
 
 /// A chunk to copy, as the state machine ordered it.
@@ -27,7 +27,8 @@ pub(super) struct Job {
 
 struct Target {
     first_chunk: u32,
-    stores: Stores,
+    /// Bytes that it loads in all.
+    wanted: u64,
     blocks: Vec<Vec<BlockId>>,
     started: Instant,
     bytes: u64,
@@ -86,7 +87,7 @@ impl Loads {
         let wanted = blocks.iter().flatten().filter(|&&id| id != NO_BLOCK).count() as u64;
         let target = Target {
             first_chunk: request.first_chunk,
-            stores: Stores::for_load(self.layout.page_bytes() * wanted),
+            wanted: self.layout.page_bytes() * wanted,
             blocks,
             started: Instant::now(),
             bytes: 0,
@@ -122,8 +123,6 @@ impl Loads {
             .remove(&job.load)
             .ok_or_else(|| ErrorKind::NotFound.error(format!("load {} is unknown", job.load)))?;
         let copied = self.copy_into(pool, job, &target);
-        // Before anybody is told that the blocks are filled.
-        drain();
         if let Ok((bytes, tokens)) = copied {
             target.bytes += bytes;
             target.tokens += tokens;
@@ -186,13 +185,15 @@ impl Loads {
         let block_bytes = u64::from(self.layout.block_bytes(group, layer).unwrap_or(0));
         let seed = sum::seed(&job.key, layer, group, job.grant, block_bytes * blocks.len() as u64);
         let (mut bytes, mut value) = (0, 0u64);
+        // Gone before anybody is told that the blocks are filled.
+        let drain = Drain::new();
+        let stores = Stores::for_load(target.wanted, &drain);
         for Load { copy, word } in &self.plan {
             let src = pool.segment(copy.segment)?.at(copy.dst, copy.len)?;
             let dst = self.regions.at(copy.region, copy.src, copy.len)?;
             // SAFETY: `at` checked both ranges; the engine gave these blocks to this load alone, so the pool
             // and they do not overlap and nobody else writes to them.
-            let part =
-                unsafe { copy_summed(dst, src, copy.len as usize, seed, *word, target.stores) };
+            let part = unsafe { copy_summed(dst, src, copy.len as usize, seed, *word, stores) };
             value = value.wrapping_add(part);
             bytes += copy.len;
         }

@@ -61,17 +61,19 @@ fn ratios() {
                 });
             },
             &mut || {
+                let drain = Drain::new();
+                let stores = Stores::Streaming(&drain);
                 // SAFETY: a piece of both fields.
                 each(&|to, from| unsafe {
-                    std::hint::black_box(copy_summed(to, from, piece, 1, 0, Stores::Streaming));
+                    std::hint::black_box(copy_summed(to, from, piece, 1, 0, stores));
                 });
-                drain();
             },
             &mut || {
                 // SAFETY: a piece of both fields.
                 each(&|to, from| unsafe {
-                    std::hint::black_box(copy_summed(to, from, piece, 1, 0, Stores::Streaming));
-                    drain();
+                    let drain = Drain::new();
+                    let stores = Stores::Streaming(&drain);
+                    std::hint::black_box(copy_summed(to, from, piece, 1, 0, stores));
                 });
             },
         ]);
@@ -89,7 +91,7 @@ fn ratios() {
     for total in [256 << 10, 1 << 20, 4 << 20, 16 << 20, 64 << 20, FIELD] {
         let piece = 32 << 10;
         let turns = FIELD / total;
-        let load = |stores: Stores| {
+        let load = |stores: Stores<'_>| {
             for turn in 0..turns {
                 for at in (0..total).step_by(piece) {
                     // SAFETY: a piece inside both fields; the source is elsewhere each turn.
@@ -102,7 +104,8 @@ fn ratios() {
                 std::hint::black_box(unsafe { sum_of(dst, total, 1, 0) });
             }
         };
-        let times = best([&mut || load(Stores::Cached), &mut || load(Stores::Streaming)]);
+        let all = Drain::new();
+        let times = best([&mut || load(Stores::Cached), &mut || load(Stores::Streaming(&all))]);
         let speeds = times.map(|time| format!("{:6.1}", FIELD as f64 / time / 1e9));
         println!("{:9} {}  streaming/cached {:.2}", total, speeds.join(" "), times[0] / times[1]);
     }

@@ -12,7 +12,7 @@ use kvxfer_core::transport::{Completion, Post, SegmentHandle, Transport};
 use kvxfer_core::{Error, ErrorKind, Incarnation, PostId, Result, SegmentId};
 
 use super::overlap::Overlap;
-use crate::copy::{Stores, copy_summed, drain};
+use crate::copy::{Drain, Stores, copy_summed};
 use crate::memory::{Mapping, Regions};
 
 /// The most posts under way.
@@ -148,7 +148,7 @@ impl<A: Attach> Mapped<A> {
     }
 
     /// Copies of the front post. Whether it is done.
-    fn advance(&mut self, budget: &mut u64) -> bool {
+    fn advance(&mut self, budget: &mut u64, drain: &Drain) -> bool {
         let Some(post) = self.posts.front() else { return false };
         let cursor = &mut self.cursor;
         while cursor.copy < post.copies {
@@ -162,7 +162,7 @@ impl<A: Attach> Mapped<A> {
             // segment and a region are never the same memory.
             let sum = unsafe {
                 let (dst, src) = (copy.dst.add(at), copy.src.add(at));
-                let stores = Stores::for_peer(copy.len);
+                let stores = Stores::for_peer(copy.len, drain);
                 copy_summed(dst, src, len as usize, post.seed, cursor.index, stores)
             };
             cursor.sum = cursor.sum.wrapping_add(sum);
@@ -219,16 +219,14 @@ impl<A: Attach> Transport for Mapped<A> {
 
     fn poll(&mut self, budget: u64, out: &mut Vec<Completion>) {
         out.append(&mut self.ended);
+        // Gone before the caller can tell anyone about the completions.
+        let drain = Drain::new();
         let mut left = budget;
-        while self.advance(&mut left) {
+        while self.advance(&mut left, &drain) {
             let Some(post) = self.posts.pop_front() else { break };
             self.copies.drain(..post.copies);
             let sum = std::mem::take(&mut self.cursor).sum;
             out.push(Completion { id: post.id, peer: post.peer, result: Ok(sum) });
-        }
-        if left < budget {
-            // Before the caller can tell anyone about the completions.
-            drain();
         }
     }
 
