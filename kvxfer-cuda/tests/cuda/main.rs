@@ -8,3 +8,4 @@
 mod contract;
 #[allow(dead_code)] // until all modules are there
 mod harness;
+mod two_process;
