@@ -147,6 +147,11 @@ pub fn block_sizes_and_alignments(bench: &mut dyn Bench) {
             bench.post(0, id, id, &writes).unwrap();
             expected.push((PostId(id), peer, Some(model.post(0, id, &writes))));
             id += 1;
+            if bench.by_itself() {
+                // These posts overlap; see `Bench::by_itself`.
+                assert_eq!(ends(bench), expected, "{size} bytes from {src} to {dst}");
+                expected.clear();
+            }
         }
         assert_eq!(ends(bench), expected, "{size} bytes");
         expected.clear();
@@ -394,7 +399,7 @@ pub fn random_posts_leave_what_a_model_says(bench: &mut dyn Bench) {
                 expected.push((id, bench.peer(*consumer), model.post(*consumer, *seed, writes)));
                 bench.transport().poll(*budget, &mut out);
                 if bench.by_itself() {
-                    // These posts overlap, and such a transport knows no order of posts.
+                    // These posts overlap; see `Bench::by_itself`.
                     out.extend(bench.settle());
                 }
             }

@@ -28,6 +28,10 @@ fn kills() -> u32 {
     std::env::var("KVXFER_KILLS").ok().and_then(|kills| kills.parse().ok()).unwrap_or(3)
 }
 
+fn config() -> CopierConfig {
+    CopierConfig { kernel_below: Some(16 << 10), ..CopierConfig::default() }
+}
+
 /// What the producer's memory holds.
 fn content() -> Vec<u8> {
     pattern(BYTES as usize, 1)
@@ -85,6 +89,7 @@ fn child() {
 struct Producer {
     transport: CudaIpc,
     posts: u64,
+    ended: Vec<Completion>,
     stream: Stream,
     // The last to be dropped: the transport reads it.
     memory: Buffer,
@@ -97,9 +102,10 @@ impl Producer {
         let mut regions = DeviceRegions::new();
         // SAFETY: `memory` is dropped after the transport.
         unsafe { regions.register(memory.ptr(), BYTES) }.unwrap();
-        let copier = Copier::new(device, CopierConfig::default(), || ()).unwrap();
+        let copier = Copier::new(device, config(), || ()).unwrap();
         let transport = CudaIpc::new(device.clone(), Arc::new(regions), copier);
-        Self { transport, posts: 0, stream: device.stream(Priority::Default).unwrap(), memory }
+        let stream = device.stream(Priority::Default).unwrap();
+        Self { transport, posts: 0, ended: Vec::new(), stream, memory }
     }
 
     /// Attaches what the parent sends, and writes the lower half, once and for good.
@@ -121,15 +127,13 @@ impl Producer {
     }
 
     fn end(&mut self) -> Completion {
-        let (mut out, start) = (Vec::new(), Instant::now());
-        loop {
+        let start = Instant::now();
+        while self.ended.is_empty() {
             assert!(start.elapsed() < DEADLINE, "a post does not end");
-            self.transport.poll(0, &mut out);
-            if let Some(end) = out.pop() {
-                return end;
-            }
+            self.transport.poll(0, &mut self.ended);
             std::thread::yield_now();
         }
+        self.ended.remove(0)
     }
 
     fn write(&mut self, writes: &[Write]) -> Result<u64> {
@@ -229,7 +233,7 @@ fn no_write_comes_after_the_writers_death() {
 #[test]
 fn fresh_memory_hides_what_a_living_writer_still_writes() {
     let device = device!();
-    let mut copier = Copier::new(&device, CopierConfig::default(), || ()).unwrap();
+    let mut copier = Copier::new(&device, config(), || ()).unwrap();
     let mut pool = DevicePool::new(&device, 1, BYTES).unwrap();
     let (mut peer, told) = writer("scribble", &mut pool);
     let first = next_round(&mut peer);
@@ -261,7 +265,7 @@ fn fresh_memory_hides_what_a_living_writer_still_writes() {
     check_lower_half(&device, at(&pool, 0), told);
 
     // And the fresh memory can be given to the next writer meanwhile.
-    let (mut heir, told) = writer("write", &mut pool);
+    let (heir, told) = writer("write", &mut pool);
     check_lower_half(&device, at(&pool, 0), told);
     heir.succeeds();
     next_round(&mut peer);
