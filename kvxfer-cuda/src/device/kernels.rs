@@ -11,12 +11,12 @@ pub(super) const LANES: usize = 8;
 /// Threads of a block: the kernel's launch bound.
 const BLOCK: u32 = 512;
 /// Compiled from `kv.cu` for drivers of CUDA 12.0 and newer, which compile it for the GPU at hand.
-const PTX: &CStr = match CStr::from_bytes_with_nul(
-    concat!(include_str!("../../kernels/kv.ptx"), "\0").as_bytes(),
-) {
-    Ok(ptx) => ptx,
-    Err(_) => panic!("a zero byte in kv.ptx"),
-};
+const PTX: &CStr =
+    match CStr::from_bytes_with_nul(concat!(include_str!("../../kernels/kv.ptx"), "\0").as_bytes())
+    {
+        Ok(ptx) => ptx,
+        Err(_) => panic!("a zero byte in kv.ptx"),
+    };
 
 /// One run of bytes: `kvx_item`.
 #[derive(Clone, Copy, Debug)]

@@ -12,7 +12,7 @@ use kvxfer_cuda::driver::{Buffer, Device, DevicePtr, Priority, Stream};
 use kvxfer_cuda::transport::{CudaIpc, cuda_ipc};
 
 use crate::harness::{
-    Asked, DEADLINE, Peer, Wire, child_device, device, drain, get, parent, pattern, put,
+    DEADLINE, Peer, Wire, child_device, device, drain, get, parent, pattern, put,
 };
 
 const BYTES: u64 = 4 << 20;
@@ -82,7 +82,7 @@ fn child() {
     if let Some(mut wire) = parent("export") {
         let mut pool = DevicePool::new(&child_device(), 1, BYTES).unwrap();
         send(&mut wire, &cuda_ipc::export(&mut pool, ID, PEER).unwrap());
-        while !wire.ended() {}
+        while wire.order().is_some() {}
     }
 }
 
@@ -144,18 +144,16 @@ impl Producer {
     /// Writes to the upper half, other bytes each time, until the parent is gone. Answers each byte
     /// from the parent after one more complete round.
     fn scribble(&mut self, wire: &mut Wire) {
+        wire.nonblocking();
         let start = Instant::now();
         let upper = [Write { region: RegionId(0), src: HALF, segment: ID, dst: HALF, len: HALF }];
         for round in 1_u64.. {
             assert!(start.elapsed() < DEADLINE, "nobody stops this writer");
-            let asked = wire.asked();
-            if asked == Asked::Ended {
-                return;
-            }
+            let Some(asked) = wire.asked() else { return };
             self.stream.fill(self.memory.ptr(), round as u8 | 1, BYTES).unwrap();
             drain(&self.stream);
             self.write(&upper).unwrap();
-            if asked == Asked::Yes {
+            if asked {
                 wire.send(&round.to_le_bytes());
             }
         }

@@ -19,7 +19,7 @@ use kvxfer_cuda::driver::{
 };
 use rustix::fs::{FlockOperation, flock};
 
-pub use peer::{Asked, Peer, Wire, parent};
+pub use peer::{Peer, Wire, parent};
 
 /// No wait of a test is longer.
 pub const DEADLINE: Duration = Duration::from_secs(60);

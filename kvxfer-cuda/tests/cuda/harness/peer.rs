@@ -14,14 +14,6 @@ use super::DEADLINE;
 
 const ROLE: &str = "KVXFER_TEST_CHILD";
 
-/// What [`Wire::asked`] finds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Asked {
-    Yes,
-    No,
-    Ended,
-}
-
 /// A socket to the process on the other side of a test.
 pub struct Wire(UnixStream);
 
