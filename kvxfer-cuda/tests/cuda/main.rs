@@ -6,6 +6,7 @@
 #![expect(unreachable_pub, reason = "a test has no users")]
 
 mod contract;
+mod faults;
 #[allow(dead_code)] // until all modules are there
 mod harness;
 mod two_process;

@@ -28,6 +28,18 @@ impl Wire {
         self.0.write_all(bytes).unwrap();
     }
 
+    pub fn say(&mut self, text: &str) {
+        self.send(&(text.len() as u32).to_le_bytes());
+        self.send(text.as_bytes());
+    }
+
+    #[track_caller]
+    pub fn hear(&mut self) -> String {
+        let mut text = vec![0; u32::from_le_bytes(self.receive()) as usize];
+        self.0.read_exact(&mut text).expect("the other process goes on");
+        String::from_utf8(text).unwrap()
+    }
+
     /// At least one byte has to go along.
     pub fn send_fd(&mut self, bytes: &[u8], fd: BorrowedFd<'_>) {
         assert_eq!(send_with_fds(&self.0, bytes, &[fd]).unwrap(), bytes.len());
