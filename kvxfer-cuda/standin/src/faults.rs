@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::abi::{Code, Result};
-use crate::state;
+use crate::{exec, state};
 
 /// One line of the configuration.
 #[derive(Debug)]
@@ -29,7 +29,7 @@ pub(crate) fn before(name: &str) -> Result {
             if fault.sticky
                 && let Ok(device) = state::current()
             {
-                state::break_device(device, fault.code);
+                exec::fail(device, fault.code);
             }
             return Err(fault.code);
         }

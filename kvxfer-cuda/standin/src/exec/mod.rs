@@ -23,5 +23,6 @@ pub(crate) mod values;
 mod work;
 
 pub(crate) use capture::may_wait;
+pub(crate) use run::fail;
 pub(crate) use streams::{enqueue_job, forget_device, synchronize};
 pub(crate) use work::{Job, permitted};

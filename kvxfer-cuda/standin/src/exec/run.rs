@@ -76,6 +76,13 @@ pub(super) fn wait(ticket: &Ticket, gpu: Gpu) -> Result {
     state::check(gpu)
 }
 
+/// Breaks a device: its work is dropped, and whoever waits for it is told.
+pub(crate) fn fail(gpu: Gpu, code: Code) {
+    state::break_device(gpu, code);
+    with(|queues| queues.drop_work(gpu));
+    EXEC.done.notify_all();
+}
+
 fn run() {
     let delay = Duration::from_millis(state::config().map_or(0, |config| config.delay));
     let mut queues = EXEC.queues.lock();

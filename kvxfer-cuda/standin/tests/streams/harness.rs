@@ -185,3 +185,16 @@ pub fn outcome(streams: &[Stream], at: *const u8, expected: &[u8]) -> Outcome {
     }
     if read(at, expected.len()) == expected { Outcome::Right } else { Outcome::Wrong }
 }
+
+/// How many of a kind are alive.
+pub fn live(kind: &str) -> u64 {
+    type Report = unsafe extern "C" fn(*mut u64, usize) -> i32;
+    let kinds = ["allocations", "mappings", "handles", "streams", "events", "pinned", "modules"];
+    let mut counts = [0; 7];
+    // SAFETY: the stand-in is loaded, and its function has this type.
+    unsafe {
+        let report = sys::culib().get::<Report>(b"kvxfer_standin_report").expect("the stand-in");
+        report(counts.as_mut_ptr(), counts.len());
+    }
+    counts[kinds.iter().position(|name| *name == kind).expect("a kind")]
+}

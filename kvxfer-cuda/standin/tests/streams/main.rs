@@ -5,4 +5,8 @@
 
 #[macro_use]
 mod harness;
+mod capture;
+mod events;
+mod kernels;
+mod life;
 mod planted;

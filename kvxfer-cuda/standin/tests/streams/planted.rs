@@ -50,7 +50,7 @@ fn copies_that_wait_for_no_event_are_wrong() {
 
 #[test]
 fn copies_that_wait_for_no_event_are_wrong_under_most_seeds() {
-    on_standin_but(3, &seeds("races=0"), || assert_eq!(layers(false), Outcome::Wrong));
+    on_standin_but(6, &seeds("races=0"), || assert_eq!(layers(false), Outcome::Wrong));
 }
 
 #[test]
@@ -90,7 +90,7 @@ fn blocks_reused_too_early_race() {
 
 #[test]
 fn blocks_reused_too_early_are_wrong() {
-    on_standin_but(3, &seeds("races=0"), || assert_eq!(reuse(false), Outcome::Wrong));
+    on_standin_but(6, &seeds("races=0"), || assert_eq!(reuse(false), Outcome::Wrong));
 }
 
 /// A batch right behind what writes its source, with that source order.
