@@ -9,8 +9,9 @@ pub(crate) enum Bug {
     EngineEventIgnored,
     /// A batch reads its sources when it likes, not in the stream's order.
     BatchOutOfOrder,
-    /// The event that an engine waits for before it reuses blocks lies before the copies that read them.
-    ReadEventEarly,
+    /// The event that an engine waits for before it reuses blocks does not lie behind the copies that read
+    /// them.
+    ReadEventMissing,
     /// Copies are reported as done when they were started.
     DoneBeforeCompletion,
 }

@@ -99,9 +99,9 @@ impl Default for CopierConfig {
 /// Spans are copied in no order among themselves; tasks end in the order in which they were submitted.
 ///
 /// # Drop
-/// Waits up to 10 s for what is under way, and gives up what is not. If it takes longer, everything that the
-/// GPU may still use of the copier's own is never freed; whoever owns the memory that is copied finds that
-/// out first by [`Copier::drain`], and keeps it.
+/// Waits for what is under way, and gives up what is not: up to 10 s, or not at all after a [`Copier::drain`]
+/// that took too long. What does not end in time keeps all that it may still use of the copier's own: that is
+/// never freed. Whoever owns the memory that is copied drains first, and keeps it as well.
 #[derive(Debug)]
 pub struct Copier {
     stream: Arc<Stream>,
@@ -116,6 +116,10 @@ pub struct Copier {
     sms: u32,
     kernel_below: u64,
     broken: Option<CudaError>,
+    /// What is under way was waited for in vain.
+    overdue: bool,
+    /// The end of a launch could not be observed.
+    untracked: bool,
 }
 
 impl Copier {
@@ -148,6 +152,8 @@ impl Copier {
             sms: config.sms,
             kernel_below,
             broken: None,
+            overdue: false,
+            untracked: false,
             stream,
         };
         if config.kernel_below.is_none() {
@@ -277,9 +283,10 @@ impl Copier {
         if !self.queue.take(&mut slot.table) {
             return false;
         }
-        let early = planted(Bug::ReadEventEarly).then(|| self.stream.record(&self.launched));
         slot.failed = slot.launch(&self.stream, &self.kernels, self.sms).err();
-        if let Err(error) = early.unwrap_or_else(|| self.stream.record(&self.launched)) {
+        if !planted(Bug::ReadEventMissing)
+            && let Err(error) = self.stream.record(&self.launched)
+        {
             // Without it the engine may overwrite what is read: nobody is to rely on these copies.
             slot.failed = Some(error);
         }
@@ -294,6 +301,7 @@ impl Copier {
 
     fn settle_next(&mut self, deadline: Instant) -> Result<()> {
         let Some(observed) = self.waiter.next_until(deadline) else {
+            self.overdue = true;
             return Err(ErrorKind::Timeout
                 .error(format!("{} launches of copies do not end", self.under_way)));
         };
@@ -317,6 +325,8 @@ impl Copier {
         self.oldest = (self.oldest + 1) % SLOTS;
         self.under_way -= 1;
         if let Err(error) = observed {
+            // A lost device runs nothing.
+            self.untracked |= !error.is_sticky();
             self.fail(error);
         }
     }
@@ -331,10 +341,10 @@ impl Copier {
 
 impl Drop for Copier {
     fn drop(&mut self) {
-        let drained = self.drain(PATIENCE);
+        let drained = self.drain(if self.overdue { Duration::ZERO } else { PATIENCE });
         if self.under_way == 0 {
             self.waiter.stop();
-            if self.broken.as_ref().is_none_or(CudaError::is_sticky) {
+            if !self.untracked {
                 return;
             }
         }

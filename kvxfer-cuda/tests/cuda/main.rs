@@ -5,8 +5,11 @@
 
 #![expect(unreachable_pub, reason = "a test has no users")]
 
+mod allocations;
 mod contract;
+mod copier;
 mod faults;
 #[allow(dead_code)] // until all modules are there
 mod harness;
+mod orders;
 mod two_process;

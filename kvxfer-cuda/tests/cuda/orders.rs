@@ -1,0 +1,134 @@
+//! What comes before what on a GPU, and that the tests of it can fail.
+//!
+//! A build with `--cfg kvxfer_planted` runs each of them again with the bug that it is there to find: then
+//! it has to fail.
+
+use std::time::Duration;
+
+use kvxfer_cuda::device::CopierConfig;
+use kvxfer_cuda::driver::{Buffer, Device, Priority};
+
+use crate::copier::{BATCH, KERNEL, Rig, event, span, sum};
+use crate::harness::{Gate, device, finish, get, put};
+
+const LEN: u64 = 1 << 16;
+/// How long what must not happen is watched for. With the bug it happens at once.
+const WATCH: Duration = Duration::from_millis(100);
+
+#[track_caller]
+fn assert_holds(device: &Device, memory: &Buffer, byte: u8) {
+    let bytes = get(device, memory.ptr(), LEN as usize);
+    let differs = bytes.iter().find(|&&stored| stored != byte);
+    assert_eq!(differs, None, "{byte} everywhere");
+}
+
+/// The engine writes blocks and records an event, all while its stream is held back: the copies read what was
+/// written, however early they were asked for.
+fn copies_what_the_engine_wrote(config: CopierConfig) {
+    let device = device!();
+    let mut rig = Rig::new(&device, config);
+    let engine = device.stream(Priority::Default).unwrap();
+    let [source, target] = [(); 2].map(|()| device.buffer(LEN).unwrap());
+    let computed = event(&device);
+    put(&device, source.ptr(), &vec![1; LEN as usize]);
+    let gate = Gate::before(&engine);
+    engine.fill(source.ptr(), 2, LEN).unwrap();
+    engine.record(&computed).unwrap();
+    rig.copier.wait_for(&computed).unwrap();
+    rig.copier.submit(0, &[span(source.ptr(), target.ptr(), LEN)]).unwrap();
+    let early = rig.collect_for(1, WATCH);
+    assert!(early.is_empty(), "copied before the engine's event: {early:?}");
+    gate.open();
+    let sums = rig.collect(1).remove(0).result;
+    assert_holds(&device, &target, 2);
+    assert_eq!(sums.unwrap(), sum(&[2; LEN as usize]));
+}
+
+#[test]
+fn copies_wait_for_the_engine() {
+    copies_what_the_engine_wrote(KERNEL);
+}
+
+#[test]
+fn batches_read_in_the_streams_order() {
+    copies_what_the_engine_wrote(BATCH);
+}
+
+#[test]
+fn blocks_are_reused_after_they_were_read() {
+    let device = device!();
+    for config in [KERNEL, BATCH] {
+        let mut rig = Rig::new(&device, config);
+        let [engine, other] = [(); 2].map(|()| device.stream(Priority::Default).unwrap());
+        let [source, target] = [(); 2].map(|()| device.buffer(LEN).unwrap());
+        let (computed, reused) = (event(&device), device.event().unwrap());
+        put(&device, source.ptr(), &vec![1; LEN as usize]);
+        let gate = Gate::before(&other);
+        other.record(&computed).unwrap();
+        rig.copier.wait_for(&computed).unwrap();
+        rig.copier.submit(0, &[span(source.ptr(), target.ptr(), LEN)]).unwrap();
+        let early = rig.collect_for(1, Duration::ZERO);
+        assert!(early.is_empty(), "{early:?}");
+
+        engine.wait(rig.copier.launched()).unwrap();
+        engine.fill(source.ptr(), 2, LEN).unwrap();
+        engine.record(&reused).unwrap();
+        let watched = std::time::Instant::now();
+        while watched.elapsed() < WATCH && !reused.is_done().unwrap() {
+            std::thread::yield_now();
+        }
+        gate.open();
+        let sums = rig.collect(1).remove(0).result;
+        finish(&reused);
+        assert_holds(&device, &target, 1);
+        assert_eq!(sums.unwrap(), sum(&[1; LEN as usize]));
+        assert_holds(&device, &source, 2);
+    }
+}
+
+#[test]
+fn nothing_is_done_before_its_copies_are() {
+    let device = device!();
+    for config in [KERNEL, BATCH] {
+        let mut rig = Rig::new(&device, config);
+        let engine = device.stream(Priority::Default).unwrap();
+        let [source, target] = [(); 2].map(|()| device.buffer(LEN).unwrap());
+        let computed = event(&device);
+        put(&device, source.ptr(), &vec![1; LEN as usize]);
+        let gate = Gate::before(&engine);
+        engine.record(&computed).unwrap();
+        rig.copier.wait_for(&computed).unwrap();
+        rig.copier.submit(0, &[span(source.ptr(), target.ptr(), LEN)]).unwrap();
+        let early = rig.collect_for(1, WATCH);
+        assert!(early.is_empty(), "nothing was copied yet: {early:?}");
+        gate.open();
+        assert_eq!(rig.collect(1).remove(0).result.unwrap(), sum(&[1; LEN as usize]));
+        assert_holds(&device, &target, 1);
+    }
+}
+
+/// Each bug is found by its test, which passes without it.
+#[cfg(kvxfer_planted)]
+#[test]
+fn planted() {
+    use crate::harness::{Peer, on_standin, skip};
+
+    // The bugs of `planted.rs`, and what finds them.
+    let bugs = [
+        ("EngineEventIgnored", "orders::copies_wait_for_the_engine"),
+        ("BatchOutOfOrder", "orders::batches_read_in_the_streams_order"),
+        ("ReadEventMissing", "orders::blocks_are_reused_after_they_were_read"),
+        ("DoneBeforeCompletion", "orders::nothing_is_done_before_its_copies_are"),
+    ];
+    let _device = device!();
+    if !on_standin() {
+        return skip("a device may do by chance what it was not told to");
+    }
+    let succeeds =
+        |test, bug| Peer::start_with(test, "planted", &[("KVXFER_PLANTED", bug)]).reap().success();
+    for (bug, test) in bugs {
+        assert!(succeeds(test, ""), "{test} fails without a bug");
+        assert!(!succeeds(test, bug), "{test} does not find {bug}");
+        println!("{bug}: found by {test}");
+    }
+}
