@@ -5,12 +5,12 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .ONESHELL:
-.PHONY: help demo test rust python examples e2e sim bench fmt clean
+.PHONY: help demo test rust kernels python examples e2e sim bench fmt clean
 
 # Cut once here, so that a log shows where the minutes went.
 say = printf '\n\033[1m[%(%H:%M:%S)T] %s\033[0m\n' -1 "$(1)"
 VENV := target/venv/bin
-PYTHON_CODE := kvxfer-py examples env
+PYTHON_CODE := kvxfer-py examples env kvxfer-cuda/kernels
 # Not a path of this machine: env/setup prints where it put the environment.
 TOOLS = $$(env/setup)/venv/bin
 
@@ -30,7 +30,7 @@ export PROMPT KEEP
 # SECONDS is a variable of bash itself.
 export SECONDS_TO_RUN := $(or $(SECONDS),60)
 
-test: rust examples python e2e ## everything: Rust, Python, types, and two real engines end to end
+test: rust kernels examples python e2e ## everything: Rust, Python, types, and two real engines end to end
 	@$(call say,all tests passed)
 
 rust: ## formatting, clippy, Rust tests and doc tests
@@ -48,6 +48,12 @@ rust: ## formatting, clippy, Rust tests and doc tests
 	$(call say,rust: doc tests)
 	cargo test --workspace --locked --doc
 
+kernels: ## the copy kernel without a GPU: its PTX against its source, no spills, ASAN, planted bugs (target/reports/kernels.json; KVXFER_WRITE=1 writes the PTX)
+	@$(call say,kernels: the CUDA compilers)
+	compilers=$$(env/cuda)
+	$(call say,kernels: compiling and checking)
+	"$$compilers/venv/bin/python" kvxfer-cuda/kernels/build.py
+
 python: ## the wheel, ruff, mypy, the stubs against the binary, and the Python tests without engines
 	@$(call say,python: the environment and the wheel)
 	python=$$(env/install --faults)
@@ -56,6 +62,7 @@ python: ## the wheel, ruff, mypy, the stubs against the binary, and the Python t
 	"$(TOOLS)/ruff" check $(PYTHON_CODE)
 	$(call say,python: types)
 	"$$python" -m mypy --config-file kvxfer-py/pyproject.toml kvxfer-py/python examples/disaggregated-prefill examples/python kvxfer-py/tests/engines
+	"$$python" -m mypy --strict kvxfer-cuda/kernels
 	"$$python" -m mypy.stubtest kvxfer._kvxfer
 	$(call say,python: tests without engines)
 	config=kvxfer-py/pyproject.toml
