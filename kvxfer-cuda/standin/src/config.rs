@@ -24,6 +24,8 @@ pub(crate) struct Config {
     pub(crate) faults: Vec<Fault>,
     /// A folder shared by the processes that see the same devices.
     pub(crate) ledger: Option<PathBuf>,
+    /// Whether an MPS server is said to be there.
+    pub(crate) mps: bool,
     /// Whether fabric handles work.
     pub(crate) fabric: bool,
     /// Whether memory that asks to be reached by RDMA can be.
@@ -66,6 +68,7 @@ impl Default for Config {
             missing: Vec::new(),
             faults: Vec::new(),
             ledger: None,
+            mps: false,
             fabric: false,
             rdma: true,
             seed: 0,
@@ -101,6 +104,7 @@ impl Config {
             "fail" => self.faults.extend(list(value, |item| fault(item, false))?),
             "sticky" => self.faults.extend(list(value, |item| fault(item, true))?),
             "ledger" => self.ledger = Some(value.into()),
+            "mps" => self.mps = flag(value)?,
             "fabric" => self.fabric = flag(value)?,
             "rdma" => self.rdma = flag(value)?,
             "seed" => self.seed = value.parse().ok()?,
@@ -221,4 +225,53 @@ fn fault(text: &str, sticky: bool) -> Option<Fault> {
         calls: AtomicU64::new(0),
     };
     parts.next().is_none().then_some(fault)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_not_understood_is_named() {
+        for text in
+            ["devices", "devices=x", "devices=1;memory=1GB", "p2p=0", "fail=a:1", "mig=a", "x=1"]
+        {
+            let part = text.rsplit(';').next().unwrap();
+            assert_eq!(Config::parse(text).unwrap_err(), part);
+        }
+        let config =
+            Config::parse(" devices=3; memory=512MiB;;sticky=cuMemCreate:2:700 ;").unwrap();
+        assert_eq!((config.devices, config.memory), (3, 512 << 20));
+        let fault = &config.faults[0];
+        assert_eq!((fault.call.as_str(), fault.nth, fault.code), ("cuMemCreate", 2, Code(700)));
+        assert!(fault.sticky);
+    }
+
+    #[test]
+    fn links_are_nvlink_unless_some_are_named() {
+        let link = |text: &str, one, other| Config::parse(text).unwrap().link(Gpu(one), Gpu(other));
+        assert_eq!(link("devices=3", 2, 0), Link::Nvlink);
+        assert_eq!(link("devices=3;mig=2", 2, 0), Link::None);
+        let some = "devices=3;nvlink=1-0;p2p=1-2";
+        assert_eq!(link(some, 0, 1), Link::Nvlink);
+        assert_eq!(link(some, 2, 1), Link::Pcie);
+        assert_eq!(link(some, 0, 2), Link::None);
+        assert_eq!(link("devices=2;p2p=", 0, 1), Link::None);
+        assert_eq!(link("", 1, 1), Link::None);
+    }
+
+    #[test]
+    fn a_choice_of_devices_ends_at_the_first_that_is_none() {
+        let config = Config::parse("devices=4;hidden=1").unwrap();
+        let seen = |choice| visible(&config, choice).iter().map(|gpu| gpu.0).collect::<Vec<_>>();
+        assert_eq!(seen(None), [0, 2, 3]);
+        assert_eq!(seen(Some("")), []);
+        assert_eq!(seen(Some("2, 0")), [3, 0]);
+        assert_eq!(seen(Some("1,-1,0")), [2]);
+        assert_eq!(seen(Some("1,1,0")), [2]);
+        let uuid = config.uuid_text(Gpu(3));
+        assert_eq!(uuid, "GPU-6b767866-6572-2d73-7461-6e64696e0003");
+        assert_eq!(seen(Some(&uuid)), [3]);
+        assert_eq!(seen(Some("GPU-6b767866-6572-2d73-7461-6e64696e0001")), []);
+    }
 }

@@ -111,6 +111,7 @@ fn attribute_of(attribute: c_int, gpu: Gpu) -> Result<c_int> {
         // Who is told when a write from outside is ordered: all devices.
         118 => 200,
         128 => c_int::from(state::config()?.fabric),
+        133 => c_int::from(state::config()?.mps),
         2..=150 => 0,
         _ => return Err(Code::INVALID_VALUE),
     })
