@@ -2,7 +2,7 @@
 
 use std::ffi::{c_char, c_int, c_uint};
 
-use crate::abi::{Code, In, Out, Result, Text};
+use crate::abi::{Code, Out, Result, Text};
 use crate::config::Link;
 use crate::state::{self, Gpu};
 
@@ -110,6 +110,8 @@ fn attribute_of(attribute: c_int, gpu: Gpu) -> Result<c_int> {
         102 | 103 | 110 | 116 => 1,
         // Who is told when a write from outside is ordered: all devices.
         118 => 200,
+        // Allocation in a stream's order.
+        115 => 1,
         128 => c_int::from(state::config()?.fabric),
         133 => c_int::from(state::config()?.mps),
         2..=150 => 0,

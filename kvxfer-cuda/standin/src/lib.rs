@@ -3,9 +3,6 @@
 //! Each entry point of the driver is one item of an [`abi::entries!`] block, under its real name. No
 //! panic leaves them, and faults are injected before them.
 
-// Until both sides use all of it.
-#![allow(dead_code, unused_imports, unused_macros)]
-
 #[macro_use]
 mod abi;
 

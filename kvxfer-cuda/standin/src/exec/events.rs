@@ -58,7 +58,7 @@ entries! {
             return Err(Code::INVALID_VALUE);
         }
         let timing = flags & NO_TIMING == 0;
-        let event = Event { gpu, timing, recorded: None, captured: None, counted: Counted::new(Live::Events) };
+        let event = Event { gpu, timing, recorded: None, captured: None, _counted: Counted::new(Live::Events) };
         out.put(with(|queues| {
             let handle = queues.handle();
             queues.events.insert(handle, event);

@@ -24,5 +24,5 @@ mod work;
 
 pub(crate) use capture::may_wait;
 pub(crate) use run::fail;
-pub(crate) use streams::{enqueue_job, forget_device, synchronize};
-pub(crate) use work::{Job, permitted};
+pub(crate) use streams::{enqueue_job, forget_device};
+pub(crate) use work::permitted;

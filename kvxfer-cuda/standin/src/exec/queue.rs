@@ -68,7 +68,7 @@ pub(super) struct Event {
     pub(super) recorded: Option<Ticket>,
     /// Recorded in a capture, so not really.
     pub(super) captured: Option<Captured>,
-    pub(super) counted: Counted,
+    pub(super) _counted: Counted,
 }
 
 /// All streams and events of the process, under one lock. Nothing here ever waits.
@@ -251,10 +251,6 @@ impl Queues {
 
     pub(super) fn host_learns(&mut self, clock: &Clock) {
         Arc::make_mut(&mut self.host).join(clock);
-    }
-
-    pub(super) fn host(&self) -> &Arc<Clock> {
-        &self.host
     }
 
     /// When work that nobody waits for is run all the same; `None` when there is none.

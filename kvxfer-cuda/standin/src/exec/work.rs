@@ -1,6 +1,6 @@
 //! What streams run.
 
-use std::ffi::{c_int, c_void};
+use std::ffi::c_void;
 use std::fmt;
 
 use super::adversary::Adversary;

@@ -2,8 +2,9 @@
 
 use super::ledger;
 use super::physical::Physical;
-use super::space::{Kind, ranges, ranges_mut};
+use super::space::{Kind, Ranges, ranges, ranges_mut};
 use crate::abi::{Code, Out, Result};
+use crate::exec;
 use crate::report::{Counted, Live};
 use crate::state::{self, Gpu};
 
@@ -31,13 +32,17 @@ pub(crate) fn allocate(gpu: Gpu, bytes: u64) -> Result<u64> {
 /// `INVALID_VALUE` when it gave no such address.
 pub(crate) fn free(start: u64) -> Result {
     let mut ranges = ranges_mut()?;
-    if !ranges.at(start).is_some_and(|mapping| matches!(mapping.kind, Kind::Plain(_))) {
+    if !is_plain(&ranges, start) {
         return Err(Code::INVALID_VALUE);
     }
     let gone = ranges.unmap(start)?;
     drop(ranges);
     drop(gone);
     Ok(())
+}
+
+fn is_plain(ranges: &Ranges, start: u64) -> bool {
+    ranges.at(start).is_some_and(|mapping| matches!(mapping.kind, Kind::Plain(_)))
 }
 
 entries! {
@@ -54,6 +59,24 @@ entries! {
             free(start)?;
         }
         state::current().map(|_| ())
+    }
+
+    fn cuMemAllocAsync(start: Out<u64>, bytes: usize, stream: u64) {
+        let gpu = state::current()?;
+        if start.is_null() {
+            return Err(Code::INVALID_VALUE);
+        }
+        // The address is there at once; nothing but the order of the work says from when on it is good.
+        exec::enqueue_job(gpu, stream, Box::new(|| Ok(())))?;
+        start.put(allocate(gpu, bytes as u64)?)
+    }
+
+    fn cuMemFreeAsync(start: u64, stream: u64) {
+        let gpu = state::current()?;
+        if !is_plain(&*ranges()?, start) {
+            return Err(Code::INVALID_VALUE);
+        }
+        exec::enqueue_job(gpu, stream, Box::new(move || free(start)))
     }
 
     fn cuMemGetInfo_v2(free: Out<usize>, total: Out<usize>) {

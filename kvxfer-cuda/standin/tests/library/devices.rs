@@ -42,7 +42,7 @@ fn link(one: c_int, other: c_int) -> (c_int, c_int) {
 #[test]
 fn devices_are_the_same_for_each_process_that_sees_them() {
     let config = "devices=3;driver=12040;memory=3MiB;mps=1";
-    play("devices::devices_are_the_same_for_each_process_that_sees_them", config, |role, stage| {
+    play(config, |role, stage| {
         start();
         if role == "first" {
             assert_eq!(count(), 3);
@@ -69,7 +69,7 @@ fn devices_are_the_same_for_each_process_that_sees_them() {
 
 #[test]
 fn without_devices_there_is_nothing_to_start() {
-    play("devices::without_devices_there_is_nothing_to_start", "devices=1;hidden=0", |_, _| {
+    play("devices=1;hidden=0", |_, _| {
         assert_eq!(cu!(cuDeviceGetCount(&mut 0)), 3);
         assert_eq!(cu!(cuMemAlloc_v2(&mut 0_u64, 1_usize)), 3);
         assert_eq!(cu!(cuMemAddressReserve(&mut 0_u64, 2 * MIB, 0_usize, 0_u64, 0_u64)), 3);
@@ -80,20 +80,16 @@ fn without_devices_there_is_nothing_to_start() {
 
 #[test]
 fn a_configuration_that_is_not_understood_stops_everything() {
-    play(
-        "devices::a_configuration_that_is_not_understood_stops_everything",
-        "divices=2",
-        |_, _| {
-            assert_eq!(cu!(cuInit(0_u32)), 999);
-            assert_eq!(cu!(cuDriverGetVersion(&mut 0)), 999);
-        },
-    );
+    play("divices=2", |_, _| {
+        assert_eq!(cu!(cuInit(0_u32)), 999);
+        assert_eq!(cu!(cuDriverGetVersion(&mut 0)), 999);
+    });
 }
 
 #[test]
 fn links_are_what_the_configuration_says() {
     let config = "devices=4;nvlink=0-1;p2p=1-2";
-    play("devices::links_are_what_the_configuration_says", config, |_, _| {
+    play(config, |_, _| {
         start_on(0);
         assert_eq!((link(0, 1), link(1, 0)), ((1, 1), (1, 1)));
         assert_eq!((link(2, 1), link(0, 2), link(3, 0)), ((1, 0), (0, 0), (0, 0)));
@@ -115,7 +111,7 @@ fn links_are_what_the_configuration_says() {
 
 #[test]
 fn parts_of_a_device_reach_nobody() {
-    play("devices::parts_of_a_device_reach_nobody", "devices=2;mig=1", |_, _| {
+    play("devices=2;mig=1", |_, _| {
         start_on(1);
         assert!(!name(0).contains("MIG") && name(1).contains("MIG"));
         assert_eq!((link(0, 1), link(1, 0)), ((0, 0), (0, 0)));
@@ -135,7 +131,7 @@ fn parts_of_a_device_reach_nobody() {
 
 #[test]
 fn contexts_are_each_thread_s_own_and_counted() {
-    play("devices::contexts_are_each_thread_s_own_and_counted", "devices=2", |_, _| {
+    play("devices=2", |_, _| {
         start();
         let current = || {
             let mut context = 1_usize;

@@ -24,7 +24,7 @@ fn look_up(name: &CStr, version: c_int) -> (c_int, usize, c_int) {
 #[test]
 fn the_call_that_was_named_fails_and_no_other() {
     let config = "fail=cuMemCreate:2:2,cuMemAlloc:0:999,cuInit:1:304";
-    play("faults::the_call_that_was_named_fails_and_no_other", config, |_, _| {
+    play(config, |_, _| {
         assert_eq!(cu!(cuInit(0_u32)), 304);
         start_on(0);
         let one = create(0, 2 * MIB).unwrap();
@@ -42,7 +42,7 @@ fn the_call_that_was_named_fails_and_no_other() {
 #[test]
 fn a_sticky_error_breaks_one_device_and_leaves_nothing_behind() {
     let config = "sticky=cuMemGetInfo:2:700";
-    play("faults::a_sticky_error_breaks_one_device_and_leaves_nothing_behind", config, |_, _| {
+    play(config, |_, _| {
         start_on(0);
         let (mut plain, mut pinned) = (0_u64, 0_u64);
         ok!(cuMemAlloc_v2(&mut plain, 1_usize));
@@ -74,7 +74,7 @@ fn a_sticky_error_breaks_one_device_and_leaves_nothing_behind() {
 #[test]
 fn missing_entry_points_are_not_found() {
     let config = "missing=cuMemMap,cuMemAlloc_v2";
-    play("faults::missing_entry_points_are_not_found", config, |role, stage| {
+    play(config, |role, stage| {
         let names = ["cuMemMap", "cuMemAlloc_v2", "cuMemUnmap", "cuMemcpyBatchAsync_v2"];
         let there = names.map(is_there);
         if role == "first" {
@@ -98,7 +98,7 @@ fn missing_entry_points_are_not_found() {
 
 #[test]
 fn codes_have_names() {
-    play("faults::codes_have_names", "", |_, _| {
+    play("", |_, _| {
         for (code, expected) in [(0, "CUDA_SUCCESS"), (700, "CUDA_ERROR_ILLEGAL_ADDRESS")] {
             let mut name: *const c_char = ptr::null();
             ok!(cuGetErrorName(code, &mut name));
@@ -114,7 +114,7 @@ fn codes_have_names() {
 
 #[test]
 fn null_is_refused() {
-    play("faults::null_is_refused", "", |_, _| {
+    play("", |_, _| {
         start_on(0);
         let null = ptr::null_mut::<u64>();
         assert_eq!(cu!(cuDeviceGetCount(null)), 1);

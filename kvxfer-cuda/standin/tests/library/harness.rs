@@ -1,5 +1,6 @@
 //! Plays: tests in several processes, each of which is this binary, run again for the one test.
 
+use std::any::type_name;
 use std::env;
 use std::ffi::c_int;
 use std::fs;
@@ -8,7 +9,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::symlink;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStdin, ChildStdout, Command, ExitStatus, Stdio};
+use std::process::{Child, ChildStdout, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -49,8 +50,11 @@ macro_rules! ok {
 pub(crate) use ok;
 
 /// The test's process runs `play` as `"first"` in a new process with that configuration, and passes when
-/// that one does. `name` is the test's own, with its module.
-pub(crate) fn play(name: &'static str, config: &str, play: impl FnOnce(&str, &Stage)) {
+/// that one does. To be called with a closure of the test's own: its name is the test's.
+pub(crate) fn play<F: FnOnce(&str, &Stage)>(config: &str, play: F) {
+    // "library::module::test::{{closure}}"
+    let name = type_name::<F>().split_once("::").unwrap().1;
+    let name = name.split("::{{").next().unwrap();
     if let Ok(role) = env::var(ROLE) {
         let folder = PathBuf::from(env::var_os(SHARED).unwrap());
         return play(&role, &Stage { name, folder });
@@ -105,8 +109,8 @@ impl Stage {
         command.envs(visible.map(|visible| ("CUDA_VISIBLE_DEVICES", visible)));
         command.stdin(stdin).stdout(Stdio::piped());
         let mut child = command.spawn().unwrap();
-        let (stdin, stdout) = (child.stdin.take(), child.stdout.take().unwrap());
-        Actor { child, stdin, stdout }
+        let stdout = child.stdout.take().unwrap();
+        Actor { child, stdout }
     }
 }
 
@@ -125,7 +129,6 @@ fn library() -> PathBuf {
 /// Another process. Killed when it is dropped.
 pub(crate) struct Actor {
     child: Child,
-    stdin: Option<ChildStdin>,
     stdout: ChildStdout,
 }
 
@@ -141,11 +144,6 @@ impl Actor {
                 _ => heard.push(char::from(byte[0])),
             }
         }
-    }
-
-    /// Lets it go on from its [`listen`]. Its `stdin` has to be piped.
-    pub(crate) fn go_on(&mut self) {
-        self.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
     }
 
     pub(crate) fn kill(&mut self) -> ExitStatus {
@@ -204,11 +202,6 @@ pub(crate) fn say(line: &str) {
     // The test harness writes here too, without ends of lines.
     println!("\n{line}");
     io::stdout().flush().unwrap();
-}
-
-/// Waits until the parent lets this process go on.
-pub(crate) fn listen() {
-    io::stdin().read_exact(&mut [0]).unwrap();
 }
 
 /// The parent's descriptor, passed as `stdin`.

@@ -23,7 +23,7 @@ fn read(addr: u64) -> u8 {
 
 #[test]
 fn the_host_dies_of_a_device_address() {
-    play("memory::the_host_dies_of_a_device_address", "", |role, stage| {
+    play("", |role, stage| {
         start_on(0);
         match role {
             "first" => {
@@ -53,7 +53,7 @@ fn the_host_dies_of_a_device_address() {
 
 #[test]
 fn a_device_has_so_much_and_no_more() {
-    play("memory::a_device_has_so_much_and_no_more", "memory=8MiB", |_, _| {
+    play("memory=8MiB", |_, _| {
         start_on(0);
         assert_eq!(free_memory(), 8 * MIB);
         assert_eq!(alloc(0), Err(1));
@@ -76,7 +76,7 @@ fn a_device_has_so_much_and_no_more() {
 
 #[test]
 fn only_what_was_allocated_is_freed() {
-    play("memory::only_what_was_allocated_is_freed", "", |_, _| {
+    play("", |_, _| {
         start_on(0);
         let start = alloc(4096).unwrap();
         assert_eq!(cu!(cuMemFree_v2(start + 1)), 1);
@@ -92,11 +92,11 @@ fn only_what_was_allocated_is_freed() {
 
 #[test]
 fn host_memory_is_counted_and_known() {
-    play("memory::host_memory_is_counted_and_known", "", |_, _| {
+    play("", |_, _| {
         start_on(0);
         let mut pinned = 0_u64;
         ok!(cuMemAllocHost_v2(&mut pinned, 100_usize));
-        let own = vec![0_u8; 100];
+        let own = [0_u8; 100];
         let own_at = own.as_ptr().expose_provenance() as u64;
         ok!(cuMemHostRegister_v2(own_at, 100_usize, 0_u32));
         assert_eq!(cu!(cuMemHostRegister_v2(own_at + 99, 1_usize, 0_u32)), 712);
@@ -118,7 +118,7 @@ fn host_memory_is_counted_and_known() {
 
 #[test]
 fn addresses_are_explained() {
-    play("memory::addresses_are_explained", "", |role, stage| {
+    play("", |role, stage| {
         start_on(1);
         let number = |which: c_int, addr: u64| {
             let mut value = 0_u64;

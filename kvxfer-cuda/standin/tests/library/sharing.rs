@@ -37,7 +37,7 @@ fn receive(socket: impl AsFd) -> OwnedFd {
 
 #[test]
 fn an_importer_keeps_memory_that_its_killed_owner_had() {
-    play("sharing::an_importer_keeps_memory_that_its_killed_owner_had", SHARED, |role, stage| {
+    play(SHARED, |role, stage| {
         start_on(0);
         match role {
             "first" => {
@@ -84,8 +84,7 @@ fn stdin_socket() -> UnixStream {
 
 #[test]
 fn a_descriptor_that_nobody_read_holds_memory_until_its_socket_is_closed() {
-    let name = "sharing::a_descriptor_that_nobody_read_holds_memory_until_its_socket_is_closed";
-    play(name, SHARED, |_, _| {
+    play(SHARED, |_, _| {
         start_on(0);
         let (here, there) = UnixStream::pair().unwrap();
         let handle = create(0, PIECE).unwrap();
@@ -102,8 +101,7 @@ fn a_descriptor_that_nobody_read_holds_memory_until_its_socket_is_closed() {
 
 #[test]
 fn memory_of_a_hidden_device_is_refused_and_of_an_invisible_one_is_not() {
-    let name = "sharing::memory_of_a_hidden_device_is_refused_and_of_an_invisible_one_is_not";
-    play(name, "", |role, stage| {
+    play("", |role, stage| {
         start();
         match role {
             "first" => {
@@ -153,7 +151,7 @@ struct Handle([u8; 64]);
 #[test]
 fn legacy_handles_open_in_another_process_only() {
     let config = "devices=3;nvlink=0-1;memory=8MiB;ledger={folder}/ledger";
-    play("sharing::legacy_handles_open_in_another_process_only", config, |role, stage| {
+    play(config, |role, stage| {
         let open = |handle: [u8; 64], flags: u32| {
             let mut start = 0_u64;
             (cu!(cuIpcOpenMemHandle_v2(&mut start, Handle(handle), flags)), start)
@@ -197,7 +195,7 @@ fn legacy_handles_open_in_another_process_only() {
 
 #[test]
 fn fabric_handles_work_where_there_is_a_fabric() {
-    play("sharing::fabric_handles_work_where_there_is_a_fabric", "fabric=1", |role, stage| {
+    play("fabric=1", |role, stage| {
         start();
         let import = |handle: [u8; 64]| {
             let mut imported = 0_u64;

@@ -14,7 +14,7 @@ fn reserve(bytes: usize) -> u64 {
 
 #[test]
 fn memory_lives_until_its_last_handle_and_mapping_is_gone() {
-    play("vmm::memory_lives_until_its_last_handle_and_mapping_is_gone", "memory=4MiB", |_, _| {
+    play("memory=4MiB", |_, _| {
         start_on(0);
         let handle = create(0, PIECE).unwrap();
         let start = map(handle, PIECE, 0);
@@ -40,7 +40,7 @@ fn memory_lives_until_its_last_handle_and_mapping_is_gone() {
 
 #[test]
 fn sizes_and_places_are_whole_pieces() {
-    play("vmm::sizes_and_places_are_whole_pieces", "", |_, _| {
+    play("", |_, _| {
         start_on(0);
         let (mut bytes, wanted) = (0_usize, properties(0));
         ok!(cuMemGetAllocationGranularity(&mut bytes, &wanted, 0_i32));
@@ -86,7 +86,7 @@ fn sizes_and_places_are_whole_pieces() {
 #[test]
 fn rights_need_a_link_and_are_told() {
     let config = "devices=3;nvlink=0-1";
-    play("vmm::rights_need_a_link_and_are_told", config, |_, _| {
+    play(config, |_, _| {
         start_on(0);
         let handle = create(0, PIECE).unwrap();
         let start = map(handle, PIECE, 0);
@@ -113,7 +113,7 @@ fn rights_need_a_link_and_are_told() {
 
 #[test]
 fn what_may_not_be_exported_is_not() {
-    play("vmm::what_may_not_be_exported_is_not", "", |_, _| {
+    play("", |_, _| {
         start_on(0);
         let mut private = properties(0);
         private.handles = 0;
