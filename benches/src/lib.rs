@@ -10,6 +10,7 @@
 pub mod child;
 pub mod churn;
 pub mod copies;
+pub mod gpu;
 pub mod handover;
 pub mod machine;
 pub mod random;
