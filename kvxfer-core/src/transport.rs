@@ -17,6 +17,13 @@ use std::os::fd::OwnedFd;
 
 use crate::{Error, Incarnation, PostId, SegmentId};
 
+/// Bytes of a segment behind its last page, of which nobody reads but whoever shows that writes arrive there.
+///
+/// A path may drop writes and report success (PCIe peer-to-peer behind an IOMMU was seen to). So before the first
+/// commit in a segment its writer posts bytes of its own choice to its last `PROBE_BYTES` bytes and tells
+/// their checksum, and its owner compares that with what it reads there.
+pub const PROBE_BYTES: u64 = 256;
+
 /// A piece of memory that the engine registered with its agent, in the order of registration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct RegionId(pub u32);
@@ -90,9 +97,15 @@ pub trait Transport: Send {
         handle: SegmentHandle,
     ) -> Result<(), Error>;
 
-    /// Lets go of one segment of a peer, or of all. Posts under way are finished or failed first,
-    /// so their completions are out, or come out of the next [`Transport::poll`].
+    /// Lets go of one segment of a peer, or of all: no post that names it is accepted any more. Those
+    /// under way end soon, well or with an error, and come out of later polls; bytes that move by
+    /// themselves can't be called back, so nothing is unmapped before. [`Transport::holds`] tells when
+    /// that is over.
     fn detach(&mut self, peer: Incarnation, segment: Option<SegmentId>);
+
+    /// Whether a segment of a peer, or any, is still mapped here, or named by a post that has not ended.
+    /// Only when it is not may the segment's owner be told that it was let go.
+    fn holds(&self, peer: Incarnation, segment: Option<SegmentId>) -> bool;
 
     /// Accepts or refuses a post.
     ///

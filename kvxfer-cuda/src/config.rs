@@ -87,6 +87,8 @@ pub enum Fault {
     FlipAfterCommit,
     /// Producer: never send a commit.
     HoldCommit,
+    /// Producer: writes end well and nothing arrives.
+    DropWrites,
 }
 
 impl AgentConfig {

@@ -81,6 +81,7 @@ pub fn check(message: &Message) -> Result<(), Error> {
         | Message::FenceAck { .. }
         | Message::Told { .. }
         | Message::Retired { .. }
+        | Message::Probed { .. }
         | Message::Attached
         | Message::Retire { .. }
         | Message::Busy { .. }

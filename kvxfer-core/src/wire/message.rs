@@ -172,6 +172,16 @@ pub enum Message {
         /// The generation that was let go.
         generation: u32,
     },
+    /// Bytes were written to the end of a segment: [`PROBE_BYTES`](crate::transport::PROBE_BYTES) of them. Nothing
+    /// that is committed in the segment is believed before its owner has read the same there.
+    Probed {
+        /// The segment.
+        segment: SegmentId,
+        /// The probe, as [`Message::Segment`] named it.
+        probe: u64,
+        /// The checksum of the bytes, `probe` being the seed.
+        sum: u64,
+    },
 
     // ---- consumer to producer ---------------------------------------------------------------
     /// Answers [`Message::Attach`]: the two geometries fit.
@@ -184,6 +194,8 @@ pub enum Message {
         generation: u32,
         /// Its size.
         bytes: u64,
+        /// Names the probe that is to follow, and is its checksum's seed; never the same twice.
+        probe: u64,
         /// Which transport the blob is for.
         transport: String,
         /// The transport's own description.

@@ -4,6 +4,7 @@ mod claims;
 mod faults;
 mod offers;
 mod overdue;
+mod probes;
 mod producer;
 mod rig;
 mod schedulers;

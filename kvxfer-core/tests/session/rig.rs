@@ -96,6 +96,8 @@ pub(crate) struct Decode {
     pub(crate) now: Duration,
     /// Questions that were asked, the newest last.
     pub(crate) asks: Vec<u64>,
+    /// Probes that are awaited.
+    probes: Vec<(LinkId, SegmentId, u64)>,
 }
 
 pub(crate) fn config(segments: u32, pages: u32) -> ConsumerConfig {
@@ -115,7 +117,12 @@ pub(crate) fn config(segments: u32, pages: u32) -> ConsumerConfig {
 
 impl Decode {
     pub(crate) fn new(config: ConsumerConfig) -> Self {
-        Self { consumer: Consumer::new(config).unwrap(), now: ms(1000), asks: Vec::new() }
+        Self {
+            consumer: Consumer::new(config).unwrap(),
+            now: ms(1000),
+            asks: Vec::new(),
+            probes: Vec::new(),
+        }
     }
 
     /// A consumer with a pool of that shape, a producer on link 1, an observer on link 9.
@@ -144,7 +151,33 @@ impl Decode {
         self.hear(link, Message::Offer { offer, request, chunks: chunks(names) })
     }
 
+    /// Comes after the probes of all segments that were exported, and those have passed.
     pub(crate) fn commit(&mut self, link: u64, grant: u64) -> Vec<String> {
+        for (link, segment, probe) in std::mem::take(&mut self.probes) {
+            if self.probed(link.0, segment.0, probe) == [format!("verify s{segment}")] {
+                assert_eq!(self.verified(link.0, segment.0, probe, Ok(())), [""; 0]);
+            }
+        }
+        self.commit_now(link, grant)
+    }
+
+    pub(crate) fn probed(&mut self, link: u64, segment: u32, probe: u64) -> Vec<String> {
+        self.hear(link, Message::Probed { segment: SegmentId(segment), probe, sum: 5 })
+    }
+
+    pub(crate) fn verified(
+        &mut self,
+        link: u64,
+        segment: u32,
+        probe: u64,
+        result: Result<(), ErrorKind>,
+    ) -> Vec<String> {
+        let result = result.map_err(|kind| kind.error("not there"));
+        self.consumer.verified(self.now, LinkId(link), SegmentId(segment), probe, result);
+        self.out()
+    }
+
+    pub(crate) fn commit_now(&mut self, link: u64, grant: u64) -> Vec<String> {
         self.hear(link, Message::Commit { grant: GrantId(grant), sums: vec![7] })
     }
 
@@ -221,9 +254,11 @@ impl Decode {
                     }
                     tell(link, &message)
                 }
-                ConsumerAction::Export { link, segment, generation } => {
+                ConsumerAction::Export { link, segment, generation, probe } => {
+                    self.probes.push((link, segment, probe));
                     format!("{link}> segment s{segment}.{generation}")
                 }
+                ConsumerAction::Verify { segment, .. } => format!("verify s{segment}"),
                 ConsumerAction::Copy { load, chunk, grant, .. } => {
                     format!("copy l{load}: {chunk} of g{grant}")
                 }

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use kvxfer_core::pool::Extent;
 use kvxfer_core::session::{Consumer, ConsumerAction, Copied, ProducerAction};
 use kvxfer_core::wire::Message;
-use kvxfer_core::{ChunkKey, ErrorKind, GrantId, Incarnation, LoadId, PostId, SegmentId, Time};
+use kvxfer_core::{
+    ChunkKey, ErrorKind, GrantId, Incarnation, LinkId, LoadId, PostId, SegmentId, Time,
+};
 
 use crate::plan::{MS, Mode};
 use crate::rng::mix;
@@ -140,25 +142,50 @@ impl World {
             }
             ProducerAction::Detach { link, peer, segment, generation } => {
                 self.procs[proc].attached.remove(&(peer, segment));
-                let memories = &self.memories;
-                let there = |post: &Post| {
-                    !post.ended
-                        && post.poster.0 == proc
-                        && post.peer == peer
-                        && post.words.iter().any(|(_, m)| memories[*m].segment == segment)
-                };
-                let failed: Vec<usize> =
-                    (0..self.posts.len()).filter(|&at| there(&self.posts[at])).collect();
-                for post in failed {
+                // What moves by itself goes on.
+                let fails = self.rng.permille(500);
+                for post in self.posts_in(proc, peer, segment).into_iter().filter(|_| fails) {
                     self.end_post(post);
                     let post = self.posts[post].id;
                     self.counts.step("post failed by detach", self.now);
                     let error = ErrorKind::NotFound.error("detached");
                     self.later(0, proc, Input::Posted(post, Err(error)));
                 }
-                self.send(proc, link, Message::Retired { segment, generation });
+                let epoch = self.procs[proc].epoch;
+                self.let_go((proc, epoch), link, (peer, segment), generation);
             }
         }
+    }
+
+    fn posts_in(&self, proc: usize, peer: Incarnation, segment: SegmentId) -> Vec<usize> {
+        let there = |post: &Post| {
+            let within = |&(_, memory): &(Word, usize)| self.memories[memory].segment == segment;
+            !post.ended
+                && post.poster.0 == proc
+                && post.peer == peer
+                && post.words.iter().any(within)
+        };
+        (0..self.posts.len()).filter(|&at| there(&self.posts[at])).collect()
+    }
+
+    /// Says that a segment was let go, once that is so, unless it was shown again meanwhile.
+    pub(crate) fn let_go(
+        &mut self,
+        (proc, epoch): (usize, u32),
+        link: LinkId,
+        place: (Incarnation, SegmentId),
+        generation: u32,
+    ) {
+        let process = &self.procs[proc];
+        if !process.alive || process.epoch != epoch || process.attached.contains_key(&place) {
+            return;
+        }
+        let (peer, segment) = place;
+        if process.stalled || !self.posts_in(proc, peer, segment).is_empty() {
+            self.counts.step("segment let go later", self.now);
+            return self.after(MS, Event::LetGo((proc, epoch), link, place, generation));
+        }
+        self.send(proc, link, Message::Retired { segment, generation });
     }
 
     /// Some of a post's words land.
@@ -236,14 +263,20 @@ impl World {
                 self.oracle_said(proc, consumer, link, &message);
                 self.send(proc, link, message);
             }
-            ConsumerAction::Export { link, segment, generation } => {
+            ConsumerAction::Export { link, segment, generation, probe } => {
                 self.counts.step("export", self.now);
                 let memory = self.procs[proc].backing[segment.0 as usize];
                 let blob = (memory as u64).to_le_bytes().to_vec();
                 let transport = "simulated".into();
                 let bytes = 0;
-                let message = Message::Segment { segment, generation, bytes, transport, blob };
+                let message =
+                    Message::Segment { segment, generation, bytes, probe, transport, blob };
                 self.send(proc, link, message);
+            }
+            ConsumerAction::Verify { link, segment, probe, .. } => {
+                self.counts.step("verify", self.now);
+                let delay = if self.rng.permille(500) { 0 } else { self.rng.range(0, 5 * MS) };
+                self.later(delay, proc, Input::Verified(link, segment, probe));
             }
             ConsumerAction::Copy { load, chunk, key, grant, extents, sums, .. } => {
                 self.counts.step("copy", self.now);

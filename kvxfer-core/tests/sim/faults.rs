@@ -123,6 +123,9 @@ impl World {
     }
 
     fn stall(&mut self, proc: usize) {
+        // As likely as not one that is writing.
+        let writing = self.posts.iter().find(|post| !post.ended).map(|post| post.poster.0);
+        let proc = writing.filter(|_| self.rng.permille(500)).unwrap_or(proc);
         if !self.procs[proc].alive || self.procs[proc].stalled {
             return;
         }

@@ -226,8 +226,10 @@ impl World {
                 producer.disconnected(now, Self::link_id(link));
                 self.link_gone(proc, link);
             }
-            Input::Message(link, Message::Segment { segment, blob, .. }) => {
+            Input::Message(link, Message::Segment { segment, probe, blob, .. }) => {
                 self.attach(proc, link, segment, &blob);
+                let sum = 0;
+                self.send(proc, Self::link_id(link), Message::Probed { segment, probe, sum });
             }
             Input::Message(link, message) => {
                 let id = Self::link_id(link);
@@ -299,6 +301,9 @@ impl World {
             Input::Replaced(segment) => {
                 self.oracle_replaced(proc, segment);
                 consumer.replaced(now, segment);
+            }
+            Input::Verified(link, segment, probe) => {
+                consumer.verified(now, link, segment, probe, Ok(()));
             }
             Input::Load(request) => {
                 self.load_started(proc, request);

@@ -113,6 +113,7 @@ pub(crate) fn name(message: &Message) -> &'static str {
         Message::Told { .. } => "Told",
         Message::Retired { .. } => "Retired",
         Message::Attached => "Attached",
+        Message::Probed { .. } => "Probed",
         Message::Segment { .. } => "Segment",
         Message::Retire { .. } => "Retire",
         Message::Granted { .. } => "Granted",

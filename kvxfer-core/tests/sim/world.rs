@@ -37,6 +37,7 @@ pub(crate) enum Input {
     Posted(PostId, Result<u64, Error>),
     Copied(Copied),
     Replaced(SegmentId),
+    Verified(LinkId, SegmentId, u64),
     Tick,
     // ---- inside an engine --------------------------------------------------------------------
     Begin(Vec<PushRange>, Vec<(Chunk, Blocks)>),
@@ -64,6 +65,7 @@ pub(crate) enum Event {
     Kill(usize, u32),
     Restart(usize),
     Resume(usize, u32),
+    LetGo((usize, u32), LinkId, (Incarnation, SegmentId), u32),
     Thaw(usize, u32),
     Arrive(usize, u64, Vec<Chunk>),
 }
@@ -296,6 +298,9 @@ impl World {
             Event::Kill(proc, epoch) => self.kill(proc, epoch),
             Event::Restart(engine) => self.restart(engine),
             Event::Resume(proc, epoch) => self.resume(proc, epoch),
+            Event::LetGo(proc, link, place, generation) => {
+                self.let_go(proc, link, place, generation);
+            }
             Event::Thaw(proc, epoch) => self.thaw(proc, epoch),
             Event::Arrive(proc, id, chunks) => {
                 let epoch = self.procs[proc].epoch;

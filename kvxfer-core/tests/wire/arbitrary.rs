@@ -81,7 +81,7 @@ pub(crate) fn message() -> impl Strategy<Value = Message> {
     ];
     let numbers = any::<(u64, u32, u32, bool)>();
     (
-        0..27u8,
+        0..28u8,
         numbers,
         text(),
         vec(any::<u32>(), 0..6),
@@ -108,33 +108,35 @@ pub(crate) fn message() -> impl Strategy<Value = Message> {
                     8 => Message::Renew { grants: longs.into_iter().map(GrantId).collect() },
                     9 => Message::Told { ask: id },
                     10 => Message::Retired { segment, generation },
-                    11 => Message::Attached,
-                    12 => Message::Segment {
+                    11 => Message::Probed { segment, probe: id, sum: u64::from(b) << 7 },
+                    12 => Message::Attached,
+                    13 => Message::Segment {
                         segment,
                         generation,
                         bytes: id,
+                        probe: id,
                         transport: text,
                         blob: longs.iter().flat_map(|long| long.to_le_bytes()).collect(),
                     },
-                    13 => Message::Retire { segment, generation },
-                    14 => Message::Granted { offer, deadline_ms: a, grants },
-                    15 => Message::Have { offer, chunks: indices },
-                    16 => Message::Pending { offer, chunks: indices },
-                    17 => Message::Busy { offer, ahead: a },
-                    18 => Message::Refused { offer, chunks: indices, reason: text },
-                    19 => Message::CommitAck {
+                    14 => Message::Retire { segment, generation },
+                    15 => Message::Granted { offer, deadline_ms: a, grants },
+                    16 => Message::Have { offer, chunks: indices },
+                    17 => Message::Pending { offer, chunks: indices },
+                    18 => Message::Busy { offer, ahead: a },
+                    19 => Message::Refused { offer, chunks: indices, reason: text },
+                    20 => Message::CommitAck {
                         grant,
                         outcome: if flag { CommitOutcome::Indexed } else { CommitOutcome::Expired },
                     },
-                    20 => Message::Revoke { grant },
-                    21 => Message::Ask { ask: id },
-                    22 => Message::Claim { claim, request: text, chunks, deadline_ms: a },
-                    23 => Message::Claimed {
+                    21 => Message::Revoke { grant },
+                    22 => Message::Ask { ask: id },
+                    23 => Message::Claim { claim, request: text, chunks, deadline_ms: a },
+                    24 => Message::Claimed {
                         claim,
                         status: ClaimStatus { ready: low, coming: high, next },
                     },
-                    24 => Message::Release { claim, keep_from: low, keep_to: high },
-                    25 => Message::Pushed { offer, chunks: indices },
+                    25 => Message::Release { claim, keep_from: low, keep_to: high },
+                    26 => Message::Pushed { offer, chunks: indices },
                     _ => Message::Ended { claim },
                 }
             },

@@ -176,6 +176,7 @@ fn what_is_within_bounds_fits() {
             segment: SegmentId(0),
             generation: 0,
             bytes: 0,
+            probe: u64::MAX,
             transport: "t".repeat(bounds::MAX_TRANSPORT),
             blob: vec![0xFF; bounds::MAX_BLOB],
         },

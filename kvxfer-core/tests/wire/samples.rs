@@ -52,11 +52,13 @@ pub(crate) fn messages() -> Vec<Message> {
         Message::Renew { grants: vec![grant, GrantId(u64::MAX)] },
         Message::Told { ask: 9 },
         Message::Retired { segment, generation },
+        Message::Probed { segment, probe: 6, sum: u64::MAX },
         Message::Attached,
         Message::Segment {
             segment,
             generation,
             bytes: 1 << 30,
+            probe: 6,
             transport: "shm".into(),
             blob: vec![1, 2, 255],
         },
@@ -91,7 +93,7 @@ pub(crate) fn name(message: &Message) -> (u8, &'static str) {
     }
     names! {
         0 Ping 1 Bye 2 Attach 3 Offer 4 Withdraw 5 Commit 6 Abort 7 FenceAck 8 Renew 9 Told 10 Retired
-        11 Attached 12 Segment 13 Retire 14 Granted 15 Have 16 Pending 17 Busy 18 Refused 19 CommitAck
-        20 Revoke 21 Ask 22 Claim 23 Claimed 24 Release 25 Pushed 26 Ended
+        11 Probed 12 Attached 13 Segment 14 Retire 15 Granted 16 Have 17 Pending 18 Busy 19 Refused
+        20 CommitAck 21 Revoke 22 Ask 23 Claim 24 Claimed 25 Release 26 Pushed 27 Ended
     }
 }

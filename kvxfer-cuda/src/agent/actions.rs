@@ -4,14 +4,16 @@ use std::os::fd::AsFd;
 
 use kvxfer_core::pool::Extent;
 use kvxfer_core::session::{ConsumerAction, Producer, ProducerAction};
+use kvxfer_core::transport::PROBE_BYTES;
 use kvxfer_core::wire::Message;
-use kvxfer_core::{LinkId, LoadId, Result, SegmentId, Time};
+use kvxfer_core::{Error, ErrorKind, LinkId, LoadId, Result, SegmentId, Time};
 
 use super::Loaded;
 use super::links::Kind;
 use super::loads::Job;
 use super::progress::Progress;
-use super::push::Waiting;
+use super::push::{Layer, News};
+use crate::copy::sum_of;
 use crate::transport::shm;
 
 impl Progress {
@@ -21,14 +23,13 @@ impl Progress {
                 ProducerAction::Send { link, message } => self.send(now, link, &message),
                 ProducerAction::Post { post, peer, grant, key, layer, extents, blocks, .. } => {
                     if let Some(pushes) = &mut self.pushes {
-                        pushes.enqueue(Waiting { post, peer, grant, key, layer, extents, blocks });
+                        pushes.enqueue(Layer { post, peer, grant, key, layer, extents, blocks });
                     }
                 }
                 ProducerAction::Detach { link, peer, segment, generation } => {
                     if let Some(pushes) = &mut self.pushes {
-                        pushes.detach(peer, Some(segment));
+                        pushes.retire(link, peer, segment, generation);
                     }
-                    self.send(now, link, &Message::Retired { segment, generation });
                 }
             }
         }
@@ -40,9 +41,15 @@ impl Progress {
     pub(super) fn perform_consumer(&mut self, now: Time, action: ConsumerAction) {
         match action {
             ConsumerAction::Send { link, message } => self.send(now, link, &message),
-            ConsumerAction::Export { link, segment, generation } => {
-                if let Err(error) = self.export(link, segment, generation) {
+            ConsumerAction::Export { link, segment, generation, probe } => {
+                if let Err(error) = self.export(link, segment, generation, probe) {
                     self.close_link(now, link, &error);
+                }
+            }
+            ConsumerAction::Verify { link, segment, probe, sum } => {
+                let result = self.verify(link, segment, probe, sum);
+                if let Some(consuming) = &mut self.consuming {
+                    consuming.session.verified(now, link, segment, probe, result);
                 }
             }
             ConsumerAction::Copy { load, chunk, key, grant, tokens, extents, sums } => {
@@ -89,6 +96,7 @@ impl Progress {
         link: LinkId,
         segment: SegmentId,
         generation: u32,
+        probe: u64,
     ) -> Result<()> {
         let Some(consuming) = &self.consuming else { return Ok(()) };
         let Some(Kind::Producer(path)) = self.links.get(&link).map(|link| &link.kind) else {
@@ -102,11 +110,37 @@ impl Progress {
             segment,
             generation,
             bytes: handle.bytes,
+            probe,
             transport: (*path).into(),
             blob: handle.blob,
         };
         let fds: Vec<_> = handle.fds.iter().map(AsFd::as_fd).collect();
         self.control.send(link, &message, &fds)
+    }
+
+    /// Whether a producer's probe lies where it says.
+    fn verify(&self, link: LinkId, segment: SegmentId, probe: u64, sum: u64) -> Result<()> {
+        let Some(consuming) = &self.consuming else { return Ok(()) };
+        let Some(Kind::Producer(path)) = self.links.get(&link).map(|link| &link.kind) else {
+            return Ok(());
+        };
+        let bytes = consuming.pool.segment_bytes();
+        let at = consuming.pool.segment(segment)?.at(bytes - PROBE_BYTES, PROBE_BYTES)?;
+        // SAFETY: `at` checked the range.
+        match unsafe { sum_of(at, PROBE_BYTES as usize, probe, 0) } == sum {
+            true => Ok(()),
+            false => Err(not_arriving(path, segment)),
+        }
+    }
+
+    /// What follows from the bytes that moved.
+    pub(super) fn tell(&mut self, now: Time) {
+        for news in std::mem::take(&mut self.news) {
+            match news {
+                News::Say(link, message) => self.send(now, link, &message),
+                News::Unreachable(link, error) => self.close_link(now, link, &error),
+            }
+        }
     }
 
     pub(super) fn replace(&mut self, now: Time, segment: SegmentId, live: &[Extent]) {
@@ -154,5 +188,17 @@ impl Progress {
             // SAFETY: `at` checked the range. That the byte is another one then is the purpose.
             unsafe { *byte ^= 1 };
         }
+    }
+}
+
+fn not_arriving(path: &str, segment: SegmentId) -> Error {
+    let error = ErrorKind::NoPath
+        .error(format!("what the producer writes to segment {segment} by {path} does not arrive"));
+    match path {
+        "local" | "shm" => error.fix("memory is not shared as it should be: report this"),
+        _ => error.fix(
+            "an IOMMU or PCIe access control drops writes between the GPUs: turn them off (iommu=pt, ACS), or \
+             use host memory",
+        ),
     }
 }

@@ -2,12 +2,14 @@
 
 use std::os::fd::OwnedFd;
 
+use kvxfer_core::transport::SegmentHandle;
 use kvxfer_core::wire::{Hello, Message, Purpose};
 use kvxfer_core::{Error, ErrorKind, Incarnation, LinkId, Result, Time};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::closed;
 use super::progress::Progress;
+use super::push::Shown;
 use crate::control::{Event, Redial};
 use crate::transport::local::Local;
 
@@ -125,7 +127,7 @@ impl Progress {
         match (&link.kind, message) {
             (
                 Kind::Consumer,
-                Message::Segment { segment, bytes, transport, blob, generation: _ },
+                Message::Segment { segment, bytes, probe, transport, blob, generation: _ },
             ) => {
                 if let Some(path) = &self.config.require_path
                     && *path != transport
@@ -137,7 +139,9 @@ impl Progress {
                 }
                 let peer = link.peer;
                 let pushes = self.pushes.as_mut().ok_or_else(closed)?;
-                pushes.attach(peer, segment, &transport, blob, bytes, fds)
+                let handle = SegmentHandle { blob, bytes, fds };
+                let path = transport;
+                pushes.attach(Shown { link: id, peer, segment, probe, path, handle })
             }
             (Kind::Consumer, Message::Attached) => {
                 self.joined(id);
@@ -192,7 +196,7 @@ impl Progress {
         match link.kind {
             Kind::Consumer => {
                 if let Some(pushes) = &mut self.pushes {
-                    pushes.detach(link.peer, None);
+                    pushes.let_go(link.peer);
                 }
             }
             Kind::Producer(_) => self.orphans.extend(link.pidfd.map(|fd| (link.peer, fd))),

@@ -5,14 +5,15 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use kvxfer_core::layout::KvLayout;
-use kvxfer_core::plan::{LayerMemory, Load, layer_loads};
+use kvxfer_core::plan::{Load, layer_loads};
 use kvxfer_core::pool::Extent;
 use kvxfer_core::session::{Copied, LoadRequest};
 use kvxfer_core::{BlockId, ChunkKey, Error, ErrorKind, GrantId, LoadId, NO_BLOCK, Result, sum};
 
 use super::Loaded;
+use super::register::Registered;
 use crate::copy::{Drain, Stores, copy_summed, sum_of};
-use crate::memory::{HostPool, Regions};
+use crate::memory::HostPool;
 
 /// A chunk to copy, as the state machine ordered it.
 pub(super) struct Job {
@@ -38,8 +39,7 @@ struct Target {
 /// The loads under way.
 pub(super) struct Loads {
     layout: KvLayout,
-    regions: Arc<Regions>,
-    memory: Vec<LayerMemory>,
+    registered: Registered,
     targets: HashMap<LoadId, Target>,
     jobs: VecDeque<Job>,
     plan: Vec<Load>,
@@ -47,11 +47,10 @@ pub(super) struct Loads {
 }
 
 impl Loads {
-    pub(super) fn new(layout: KvLayout, regions: Arc<Regions>, memory: Vec<LayerMemory>) -> Self {
+    pub(super) fn new(layout: KvLayout, registered: Registered) -> Self {
         Self {
             layout,
-            regions,
-            memory,
+            registered,
             targets: HashMap::new(),
             jobs: VecDeque::new(),
             plan: Vec::new(),
@@ -179,7 +178,7 @@ impl Loads {
         blocks: &[BlockId],
     ) -> Result<(u64, u64)> {
         let (group, layer) = self.place(flat)?;
-        let memory = &self.memory[flat as usize];
+        let memory = &self.registered.layers[flat as usize];
         self.plan.clear();
         layer_loads(&self.layout, flat, memory, &job.extents, blocks, &mut self.plan)?;
         let block_bytes = u64::from(self.layout.block_bytes(group, layer).unwrap_or(0));
@@ -190,7 +189,7 @@ impl Loads {
         let stores = Stores::for_load(target.wanted, &drain);
         for Load { copy, word } in &self.plan {
             let src = pool.segment(copy.segment)?.at(copy.dst, copy.len)?;
-            let dst = self.regions.at(copy.region, copy.src, copy.len)?;
+            let dst = self.registered.regions.at(copy.region, copy.src, copy.len)?;
             // SAFETY: `at` checked both ranges; the engine gave these blocks to this load alone, so the pool
             // and they do not overlap and nobody else writes to them.
             let part = unsafe { copy_summed(dst, src, copy.len as usize, seed, *word, stores) };

@@ -103,6 +103,8 @@ struct Shared {
     /// Something was added to `news`, or the thread stopped.
     signal: Condvar,
     stopped: AtomicBool,
+    /// The thread stopped, and copies may be under way.
+    undrained: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -300,7 +302,7 @@ impl Agent {
     /// returned `Ok`, nothing of this agent touches the engine's memory.
     ///
     /// # Errors
-    /// `Timeout`: the progress thread did not end in time.
+    /// `Timeout`: the progress thread did not end in time, or copies by a device did not.
     pub fn close(&self) -> Result<()> {
         let Some(thread) = self.thread.lock().take() else { return Ok(()) };
         let _ = self.commands.send_timeout(Command::Close, STUCK);
@@ -311,7 +313,12 @@ impl Agent {
                 .error(format!("the progress thread did not end within {STUCK:?}"))),
             _ => {
                 let _ = thread.join();
-                Ok(())
+                match self.shared.undrained.load(Ordering::Acquire) {
+                    false => Ok(()),
+                    true => Err(ErrorKind::Timeout
+                        .error("copies of the engine's memory did not end in time")
+                        .fix("keep that memory until the process ends")),
+                }
             }
         }
     }

@@ -8,29 +8,40 @@
 use std::collections::HashMap;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Receiver;
 use kvxfer_core::pool::Geometry;
 use kvxfer_core::session::{Consumer, ConsumerConfig, LoadRequest, Producer, ProducerConfig};
+use kvxfer_core::transport::{PROBE_BYTES, Transport};
 use kvxfer_core::wire::{self, Hello, Purpose};
 use kvxfer_core::{BlockId, ErrorKind, Incarnation, LinkId, Result, Time, key};
 
 use super::links::{Link, wrong_role};
 use super::loads::Loads;
-use super::push::Pushes;
-use super::register::regions;
+use super::push::{News, Pushes};
+use super::register::{Registered, register};
 use super::{AgentStats, Command, KvLayer, Shared, closed};
 use crate::config::{AgentConfig, Role};
 use crate::control::{Address, Control, ControlConfig, Event, Limits, Throttle, Waker};
 use crate::identity;
 use crate::memory::HostPool;
 use crate::transport::local::LocalExports;
+#[cfg(feature = "faults")]
+use crate::transport::{
+    Fault,
+    fault::{Act, Faults},
+};
+use crate::transport::{Local, Shm};
 
 /// Bytes moved between two looks at the sockets: about a millisecond's.
 const BUDGET: u64 = 4 << 20;
 /// How often the death of a process that we lost the link to is looked for.
 const ORPHAN_POLL: Duration = Duration::from_millis(10);
+/// How long a closed agent waits for copies that can't be called back, and how often it looks.
+const DRAIN: Duration = Duration::from_secs(5);
+const DRAIN_POLL: Duration = Duration::from_millis(1);
 
 /// What a consumer has beside its state machine.
 pub(super) struct Consuming {
@@ -56,6 +67,8 @@ pub(super) struct Progress {
     /// Both from [`Command::Register`] on.
     pub(super) pushes: Option<Pushes>,
     pub(super) loads: Option<Loads>,
+    /// Told by the next [`Progress::tell`].
+    pub(super) news: Vec<News>,
     pub(super) closing: bool,
     /// Of the log line that says what the pool can never hold.
     pub(super) too_large: Throttle,
@@ -114,6 +127,7 @@ impl Progress {
             orphans: Vec::new(),
             pushes: None,
             loads: None,
+            news: Vec::new(),
             closing: false,
             too_large: Throttle::default(),
         })
@@ -142,7 +156,39 @@ impl Progress {
                 break;
             }
         }
+        self.drain();
         self.shut();
+    }
+
+    /// Ends all that reads or writes memory. Links stay until then: who sees one end may reuse what was read.
+    fn drain(&mut self) {
+        if let Some(pushes) = &mut self.pushes {
+            pushes.close();
+        }
+        let deadline = self.now() + DRAIN;
+        let mut events = Vec::new();
+        while !self.is_drained() {
+            let now = self.now();
+            if now > deadline {
+                tracing::error!(name = self.config.name, "copies are under way after {DRAIN:?}");
+                self.shared.undrained.store(true, Ordering::Release);
+                return;
+            }
+            // Peers need to hear that we are here, and nobody is listened to.
+            let pause = self.timeout().map_or(DRAIN_POLL, |timeout| timeout.min(DRAIN_POLL));
+            if self.control.poll(now, Some(pause), &mut events).is_err() {
+                std::thread::sleep(pause);
+            }
+            events.clear();
+            self.move_bytes();
+            let now = self.now();
+            self.tell(now);
+            self.perform(now);
+        }
+    }
+
+    fn is_drained(&self) -> bool {
+        self.pushes.as_ref().is_none_or(Pushes::is_idle)
     }
 
     fn turn(&mut self) -> Result<()> {
@@ -162,6 +208,7 @@ impl Progress {
         self.perform(now);
         self.move_bytes();
         let now = self.now();
+        self.tell(now);
         if let Some(producer) = &mut self.producer {
             producer.tick(now);
         }
@@ -222,17 +269,31 @@ impl Progress {
         if self.loads.is_some() {
             return Err(ErrorKind::Config.error("the engine's memory was registered before"));
         }
-        let (regions, memory) = regions(&self.config.layout, &layers)?;
-        let regions = Arc::new(regions);
+        let registered = register(&self.config.layout, &layers, self.incarnation)?;
         let layout = &self.config.layout;
-        self.loads = Some(Loads::new(layout.clone(), Arc::clone(&regions), memory.clone()));
-        self.pushes = Some(Pushes::new(layout.clone(), regions, memory));
+        let transports = self.transports(&registered);
+        self.loads = Some(Loads::new(layout.clone(), registered.clone()));
+        self.pushes = Some(Pushes::new(layout.clone(), registered, transports));
         if self.config.role.produces() {
             for peer in 0..self.config.peers.len() {
                 self.control.dial(peer, Purpose::Push);
             }
         }
         Ok(())
+    }
+
+    fn transports(&self, registered: &Registered) -> Vec<Box<dyn Transport>> {
+        let local = Local::new(Arc::clone(&registered.regions));
+        let shm = Shm::new(Arc::clone(&registered.regions));
+        #[cfg(feature = "faults")]
+        if self.config.fault == Some(crate::config::Fault::DropWrites) {
+            let faults = Faults::each(Act::Drop);
+            return vec![
+                Box::new(Fault::new(local, faults.clone())),
+                Box::new(Fault::new(shm, faults)),
+            ];
+        }
+        vec![Box::new(local), Box::new(shm)]
     }
 
     fn load(&mut self, now: Time, request: LoadRequest, blocks: Vec<Vec<BlockId>>) {
@@ -270,7 +331,7 @@ impl Progress {
 
     fn move_bytes(&mut self) {
         if let (Some(pushes), Some(producer)) = (&mut self.pushes, &mut self.producer) {
-            pushes.progress(BUDGET, producer);
+            pushes.progress(BUDGET, producer, &mut self.news);
         }
         if let (Some(loads), Some(consuming)) = (&mut self.loads, &mut self.consuming)
             && let Some(copied) = loads.progress(&consuming.pool)
@@ -281,8 +342,6 @@ impl Progress {
 
     /// Nothing is left that could touch memory or keep a caller waiting.
     fn shut(&mut self) {
-        // Reading ends before links do: who sees a link end may reuse what was read.
-        self.pushes = None;
         for &link in self.links.keys() {
             self.control.close(link, &closed());
         }
@@ -296,7 +355,8 @@ impl Progress {
 fn consuming(config: &AgentConfig) -> Result<Consuming> {
     let pages_per_segment = config.segment_pages();
     let page = config.layout.page_bytes();
-    let pool = HostPool::new(config.segments, u64::from(pages_per_segment) * page)?;
+    let bytes = u64::from(pages_per_segment) * page + PROBE_BYTES;
+    let pool = HostPool::new(config.segments, bytes)?;
     let session = Consumer::new(ConsumerConfig {
         layout: config.layout.clone(),
         geometry: Geometry { segments: config.segments, pages_per_segment },

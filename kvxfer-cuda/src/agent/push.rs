@@ -1,23 +1,26 @@
 //! The producer's bytes: which transport reaches a peer, and posts in order.
 
 use std::collections::{HashMap, VecDeque};
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use kvxfer_core::layout::KvLayout;
-use kvxfer_core::plan::{LayerMemory, layer_writes};
+use kvxfer_core::plan::layer_writes;
 use kvxfer_core::pool::Extent;
 use kvxfer_core::session::Producer;
-use kvxfer_core::transport::{Completion, Post, SegmentHandle, Transport, Write};
+use kvxfer_core::transport::{Completion, PROBE_BYTES, Post, SegmentHandle, Transport, Write};
+use kvxfer_core::wire::Message;
 use kvxfer_core::{
-    BlockId, ChunkKey, Error, ErrorKind, GrantId, Incarnation, PostId, Result, SegmentId, sum,
+    BlockId, ChunkKey, Error, ErrorKind, GrantId, Incarnation, LinkId, PostId, Result, SegmentId,
+    sum,
 };
 
-use crate::memory::Regions;
-use crate::transport::{Local, Shm};
+use super::register::{PATTERN_BYTES, Registered};
 
-/// A post that the transport has not accepted yet.
-pub(super) struct Waiting {
+/// Numbers of posts from here on are ours, not the state machine's.
+const PROBES: u64 = 1 << 63;
+
+/// A layer of a chunk whose post the transport has not accepted yet.
+pub(super) struct Layer {
     pub(super) post: PostId,
     pub(super) peer: Incarnation,
     pub(super) grant: GrantId,
@@ -27,14 +30,58 @@ pub(super) struct Waiting {
     pub(super) blocks: Arc<[Vec<BlockId>]>,
 }
 
+/// A segment that a peer shows us.
+pub(super) struct Shown {
+    pub(super) link: LinkId,
+    pub(super) peer: Incarnation,
+    pub(super) segment: SegmentId,
+    pub(super) probe: u64,
+    pub(super) path: String,
+    pub(super) handle: SegmentHandle,
+}
+
+/// Bytes of ours at the end of a segment that we were shown.
+struct Probe {
+    link: LinkId,
+    peer: Incarnation,
+    segment: SegmentId,
+    number: u64,
+    write: Write,
+}
+
+/// A segment that is let go: its owner is told when nothing of it is held.
+struct Retiring {
+    link: LinkId,
+    peer: Incarnation,
+    segment: SegmentId,
+    generation: u32,
+}
+
+/// What follows from the bytes that moved, beside what the state machine makes of them.
+pub(super) enum News {
+    /// To be sent, before whatever the state machine sends next.
+    Say(LinkId, Message),
+    /// Nothing can be written to that link's peer.
+    Unreachable(LinkId, Error),
+}
+
+enum Waiting {
+    Layer(Layer),
+    Probe(PostId),
+}
+
 /// All transports of an agent, and what waits for them.
 pub(super) struct Pushes {
     layout: KvLayout,
-    memory: Vec<LayerMemory>,
+    registered: Registered,
     transports: Vec<Box<dyn Transport>>,
     /// Which transport reaches a peer, as its first segment said.
     paths: HashMap<Incarnation, usize>,
     waiting: VecDeque<Waiting>,
+    /// Probes that have not ended and are still of use.
+    probes: HashMap<PostId, Probe>,
+    next_probe: u64,
+    retiring: Vec<Retiring>,
     writes: Vec<Write>,
     completions: Vec<Completion>,
     pub(super) bytes: u64,
@@ -43,16 +90,20 @@ pub(super) struct Pushes {
 }
 
 impl Pushes {
-    pub(super) fn new(layout: KvLayout, regions: Arc<Regions>, memory: Vec<LayerMemory>) -> Self {
+    pub(super) fn new(
+        layout: KvLayout,
+        registered: Registered,
+        transports: Vec<Box<dyn Transport>>,
+    ) -> Self {
         Self {
             layout,
-            memory,
-            transports: vec![
-                Box::new(Local::new(Arc::clone(&regions))),
-                Box::new(Shm::new(regions)),
-            ],
+            registered,
+            transports,
             paths: HashMap::new(),
             waiting: VecDeque::new(),
+            probes: HashMap::new(),
+            next_probe: 0,
+            retiring: Vec::new(),
             writes: Vec::new(),
             completions: Vec::new(),
             bytes: 0,
@@ -61,82 +112,168 @@ impl Pushes {
         }
     }
 
-    /// A peer opens one of its segments to us.
-    pub(super) fn attach(
-        &mut self,
-        peer: Incarnation,
-        segment: SegmentId,
-        name: &str,
-        blob: Vec<u8>,
-        bytes: u64,
-        fds: Vec<OwnedFd>,
-    ) -> Result<()> {
-        let found = self.transports.iter().position(|transport| transport.name() == name);
+    /// A peer opens one of its segments to us: the first thing that is written there is a probe.
+    pub(super) fn attach(&mut self, shown: Shown) -> Result<()> {
+        let Shown { link, peer, segment, probe: number, path, handle } = shown;
+        let found = self.transports.iter().position(|transport| transport.name() == path);
         let index = found.ok_or_else(|| {
-            ErrorKind::NoPath.error(format!("peer {peer} offers path {name:?}, unknown here"))
+            ErrorKind::NoPath.error(format!("peer {peer} offers path {path:?}, unknown here"))
         })?;
+        let dst = handle.bytes.checked_sub(PROBE_BYTES).ok_or_else(|| {
+            ErrorKind::Protocol.error(format!("a segment of {} bytes is too short", handle.bytes))
+        })?;
+        self.forget(peer, Some(segment));
         self.paths.insert(peer, index);
-        self.transports[index].attach(peer, segment, SegmentHandle { blob, bytes, fds })
+        self.transports[index].attach(peer, segment, handle)?;
+
+        let post = PostId(PROBES | self.next_probe);
+        // The bytes differ from those of the last probes, which may still lie there.
+        let src = self.next_probe * 8 % (PATTERN_BYTES - PROBE_BYTES);
+        self.next_probe += 1;
+        let write = Write { region: self.registered.pattern, src, segment, dst, len: PROBE_BYTES };
+        self.probes.insert(post, Probe { link, peer, segment, number, write });
+        self.waiting.push_back(Waiting::Probe(post));
+        Ok(())
     }
 
-    pub(super) fn detach(&mut self, peer: Incarnation, segment: Option<SegmentId>) {
+    /// Lets go of a segment, and says so when that is done, unless it is shown again before.
+    pub(super) fn retire(
+        &mut self,
+        link: LinkId,
+        peer: Incarnation,
+        segment: SegmentId,
+        generation: u32,
+    ) {
+        self.detach(peer, Some(segment));
+        self.retiring.push(Retiring { link, peer, segment, generation });
+    }
+
+    /// The peer is gone, or not to be written to any more.
+    pub(super) fn let_go(&mut self, peer: Incarnation) {
+        self.detach(peer, None);
+        self.paths.remove(&peer);
+    }
+
+    fn detach(&mut self, peer: Incarnation, segment: Option<SegmentId>) {
+        self.forget(peer, segment);
         if let Some(&index) = self.paths.get(&peer) {
             self.transports[index].detach(peer, segment);
         }
-        if segment.is_none() {
-            self.paths.remove(&peer);
-        }
     }
 
-    pub(super) fn enqueue(&mut self, post: Waiting) {
-        self.waiting.push_back(post);
+    /// Nobody asks any more for an answer about that segment, or about any of that peer.
+    fn forget(&mut self, peer: Incarnation, segment: Option<SegmentId>) {
+        let other = |owner: Incarnation, id: SegmentId| {
+            owner != peer || segment.is_some_and(|segment| segment != id)
+        };
+        self.probes.retain(|_, probe| other(probe.peer, probe.segment));
+        self.retiring.retain(|retiring| other(retiring.peer, retiring.segment));
+    }
+
+    /// Lets go of everything: what has not begun will not.
+    pub(super) fn close(&mut self) {
+        let peers: Vec<Incarnation> = self.paths.keys().copied().collect();
+        peers.into_iter().for_each(|peer| self.let_go(peer));
+    }
+
+    pub(super) fn enqueue(&mut self, layer: Layer) {
+        self.waiting.push_back(Waiting::Layer(layer));
     }
 
     pub(super) fn is_idle(&self) -> bool {
-        self.waiting.is_empty() && self.transports.iter().all(|transport| transport.pending() == 0)
+        self.waiting.is_empty()
+            && self.retiring.is_empty()
+            && self.transports.iter().all(|transport| transport.pending() == 0)
     }
 
     /// Hands over what waits, moves about `budget` bytes, and tells the producer what ended.
-    pub(super) fn progress(&mut self, budget: u64, producer: &mut Producer) {
+    pub(super) fn progress(&mut self, budget: u64, producer: &mut Producer, news: &mut Vec<News>) {
         while let Some(next) = self.waiting.front() {
-            let id = next.post;
+            let id = match next {
+                Waiting::Layer(layer) => layer.post,
+                Waiting::Probe(post) => *post,
+            };
             match self.submit() {
                 Ok(()) => {}
                 Err(error) if error.retryable() => break,
                 Err(error) => {
                     tracing::warn!(%error, "a write was refused");
-                    producer.posted(id, Err(error));
+                    self.ended(id, Err(error), producer, news);
                 }
             }
             self.waiting.pop_front();
         }
+        let mut completions = std::mem::take(&mut self.completions);
         for transport in &mut self.transports {
             if transport.pending() > 0 {
-                transport.poll(budget, &mut self.completions);
+                transport.poll(budget, &mut completions);
             }
         }
-        for Completion { id, result, .. } in self.completions.drain(..) {
-            producer.posted(id, result);
+        for Completion { id, result, .. } in completions.drain(..) {
+            self.ended(id, result, producer, news);
         }
+        self.completions = completions;
+        let transports = &self.transports;
+        let paths = &self.paths;
+        self.retiring.retain(|&Retiring { link, peer, segment, generation }| {
+            let held =
+                paths.get(&peer).is_some_and(|&index| transports[index].holds(peer, Some(segment)));
+            if !held {
+                news.push(News::Say(link, Message::Retired { segment, generation }));
+            }
+            held
+        });
+    }
+
+    fn ended(
+        &mut self,
+        id: PostId,
+        result: Result<u64>,
+        producer: &mut Producer,
+        news: &mut Vec<News>,
+    ) {
+        if id.0 & PROBES == 0 {
+            return producer.posted(id, result);
+        }
+        let Some(Probe { link, segment, number: probe, .. }) = self.probes.remove(&id) else {
+            return;
+        };
+        news.push(match result {
+            Ok(sum) => News::Say(link, Message::Probed { segment, probe, sum }),
+            Err(error) => News::Unreachable(link, error),
+        });
     }
 
     /// Offers the first waiting post to its transport.
     fn submit(&mut self) -> Result<()> {
-        let Some(next) = self.waiting.front() else { return Ok(()) };
-        let transport = self.paths.get(&next.peer).map(|&index| &mut self.transports[index]);
-        let transport = transport.ok_or_else(|| gone(next.peer))?;
-        let (group, layer) = self.layout.layer(next.layer).ok_or_else(|| no_layer(next.layer))?;
-        let blocks = next.blocks.get(usize::from(group)).ok_or_else(|| no_layer(next.layer))?;
         self.writes.clear();
-        let memory = &self.memory[next.layer as usize];
-        layer_writes(&self.layout, next.layer, memory, &next.extents, blocks, &mut self.writes)?;
-        let bytes: u64 = self.writes.iter().map(|write| write.len).sum();
-        let seed = sum::seed(&next.key, layer, group, next.grant, bytes);
-        let post = Post { id: next.post, peer: next.peer, seed, writes: &self.writes };
-        transport.post(post)?;
-        self.bytes += bytes;
-        self.posts += 1;
-        self.runs += self.writes.len() as u64;
+        let (id, peer, seed) = match self.waiting.front() {
+            None => return Ok(()),
+            Some(Waiting::Probe(post)) => {
+                let Some(probe) = self.probes.get(post) else { return Ok(()) };
+                self.writes.push(probe.write);
+                (*post, probe.peer, probe.number)
+            }
+            Some(Waiting::Layer(next)) => {
+                let none = || no_layer(next.layer);
+                let (group, layer) = self.layout.layer(next.layer).ok_or_else(none)?;
+                let blocks = next.blocks.get(usize::from(group)).ok_or_else(none)?;
+                let memory = &self.registered.layers[next.layer as usize];
+                let (extents, writes) = (&next.extents, &mut self.writes);
+                layer_writes(&self.layout, next.layer, memory, extents, blocks, writes)?;
+                let bytes: u64 = self.writes.iter().map(|write| write.len).sum();
+                let seed = sum::seed(&next.key, layer, group, next.grant, bytes);
+                (next.post, next.peer, seed)
+            }
+        };
+        let transport = self.paths.get(&peer).map(|&index| &mut self.transports[index]);
+        let transport = transport.ok_or_else(|| gone(peer))?;
+        transport.post(Post { id, peer, seed, writes: &self.writes })?;
+        if id.0 & PROBES == 0 {
+            self.bytes += self.writes.iter().map(|write| write.len).sum::<u64>();
+            self.posts += 1;
+            self.runs += self.writes.len() as u64;
+        }
         Ok(())
     }
 }

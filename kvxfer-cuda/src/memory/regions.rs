@@ -10,6 +10,7 @@ use super::inside;
 #[derive(Debug, Default)]
 pub struct Regions {
     regions: Vec<Region>,
+    kept: Vec<Vec<u8>>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -49,6 +50,17 @@ impl Regions {
         }
         self.regions.push(Region { start, bytes });
         Ok(RegionId(self.regions.len() as u32 - 1))
+    }
+
+    /// Adds memory of our own, which is only read; its number is how many there were before.
+    ///
+    /// # Errors
+    /// `OutOfBounds` when there are no bytes.
+    pub fn keep(&mut self, mut bytes: Vec<u8>) -> Result<RegionId> {
+        // SAFETY: the bytes are dropped with `self`, and nobody else reaches them.
+        let id = unsafe { self.register(bytes.as_mut_ptr(), bytes.len() as u64) }?;
+        self.kept.push(bytes);
+        Ok(id)
     }
 
     /// How many there are.

@@ -155,6 +155,15 @@ impl Transport for CudaIpc {
         });
     }
 
+    fn holds(&self, peer: Incarnation, segment: Option<SegmentId>) -> bool {
+        let named = |id: SegmentId| segment.is_none_or(|segment| segment == id);
+        self.segments.keys().any(|&(owner, id)| owner == peer && named(id))
+            || self
+                .posts
+                .values()
+                .any(|post| post.peer == peer && post.into.iter().any(|&(id, _)| named(id)))
+    }
+
     fn post(&mut self, post: Post<'_>) -> Result<()> {
         let into = self.plan(&post)?;
         let task = self.next_task;

@@ -7,7 +7,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use kvxfer_core::transport::{Completion, Post, SegmentHandle, Transport};
+use kvxfer_core::transport::{Completion, Post, SegmentHandle, Transport, Write};
 use kvxfer_core::{ErrorKind, Incarnation, PostId, Result, SegmentId};
 use parking_lot::Mutex;
 
@@ -25,6 +25,8 @@ pub enum Act {
     Flip,
     /// It ends that many polls later than it would.
     Delay(u32),
+    /// It ends well, and nothing that it stored stays: as on a path that drops writes.
+    Drop,
 }
 
 /// The strings of a [`Fault`]. Clones pull the same ones.
@@ -36,6 +38,7 @@ struct Plan {
     held: bool,
     posts: u64,
     acts: HashMap<u64, Act>,
+    each: Option<Act>,
     seed: Option<(u64, u64)>,
 }
 
@@ -48,6 +51,12 @@ impl Faults {
     /// About one in `one_in` posts gets an act, which the seed chooses.
     pub fn seeded(seed: u64, one_in: u64) -> Self {
         let plan = Plan { seed: Some((seed, one_in.max(1))), ..Plan::default() };
+        Self(Arc::new(Mutex::new(plan)))
+    }
+
+    /// Each post gets this act.
+    pub fn each(act: Act) -> Self {
+        let plan = Plan { each: Some(act), ..Plan::default() };
         Self(Arc::new(Mutex::new(plan)))
     }
 
@@ -82,7 +91,7 @@ impl Faults {
         let mut plan = self.0.lock();
         let nth = plan.posts;
         plan.posts += 1;
-        plan.acts.remove(&nth).or_else(|| {
+        plan.acts.remove(&nth).or(plan.each).or_else(|| {
             let (seed, one_in) = plan.seed?;
             // The finaliser of SplitMix64.
             let mut z = seed.wrapping_add((nth + 1).wrapping_mul(0x9E37_79B9_7F4A_7C15));
@@ -99,13 +108,20 @@ impl Faults {
 pub struct Fault<T> {
     inner: T,
     faults: Faults,
-    /// What accepted posts still have coming, and where each one's first byte goes.
-    acts: HashMap<PostId, (Act, Option<(SegmentId, u64)>)>,
+    /// What accepted posts still have coming, and what was where they write.
+    acts: HashMap<PostId, (Act, Vec<Spot>)>,
     /// The number of the poll that lets it out.
     delayed: VecDeque<(u64, Completion)>,
     polls: u64,
     /// A view of each segment, to spoil it.
     segments: HashMap<(Incarnation, SegmentId), Arc<Mapping>>,
+}
+
+/// What was in a segment before it was written to.
+struct Spot {
+    segment: SegmentId,
+    offset: u64,
+    bytes: Vec<u8>,
 }
 
 impl<T: Transport> Fault<T> {
@@ -120,15 +136,41 @@ impl<T: Transport> Fault<T> {
             Some((Act::Fail, _)) => {
                 completion.result = Err(ErrorKind::PeerLost.error("a fault that was asked for"));
             }
-            Some((Act::Flip, Some((segment, offset)))) if completion.result.is_ok() => {
-                self.flip(completion.peer, segment, offset);
+            Some((Act::Flip, spots)) if completion.result.is_ok() => {
+                if let Some(Spot { segment, offset, .. }) = spots.first() {
+                    self.flip(completion.peer, *segment, *offset);
+                }
             }
+            Some((Act::Drop, spots)) => spots.iter().for_each(|s| self.undo(completion.peer, s)),
             Some((Act::Delay(polls), _)) if completion.result.is_ok() => {
                 return self.delayed.push_back((self.polls + u64::from(polls), completion));
             }
             _ => {}
         }
         out.push(completion);
+    }
+
+    /// What lies where a post is going to write.
+    fn spots(&self, post: &Post<'_>) -> Vec<Spot> {
+        let writes = post.writes.iter().filter(|write| write.len > 0);
+        let spot = |write: &Write| {
+            let &Write { segment, dst: offset, len, .. } = write;
+            let mapping = self.segments.get(&(post.peer, segment))?;
+            let start = mapping.at(offset, len).ok()?;
+            // SAFETY: `at` checked the range, and the mapping is alive.
+            let byte = |at| unsafe { start.add(at).read_volatile() };
+            Some(Spot { segment, offset, bytes: (0..len as usize).map(byte).collect() })
+        };
+        writes.filter_map(spot).collect()
+    }
+
+    fn undo(&self, peer: Incarnation, spot: &Spot) {
+        let Some(mapping) = self.segments.get(&(peer, spot.segment)) else { return };
+        let Ok(start) = mapping.at(spot.offset, spot.bytes.len() as u64) else { return };
+        for (at, &byte) in spot.bytes.iter().enumerate() {
+            // SAFETY: `at` checked the range, and the mapping is alive.
+            unsafe { start.add(at).write_volatile(byte) };
+        }
     }
 
     fn flip(&self, peer: Incarnation, segment: SegmentId, offset: u64) {
@@ -173,15 +215,20 @@ impl<T: Transport> Transport for Fault<T> {
         }
     }
 
+    fn holds(&self, peer: Incarnation, segment: Option<SegmentId>) -> bool {
+        self.inner.holds(peer, segment) || self.delayed.iter().any(|(_, end)| end.peer == peer)
+    }
+
     fn post(&mut self, post: Post<'_>) -> Result<()> {
         let act = self.faults.draw();
         if act == Some(Act::Refuse) {
             return Err(ErrorKind::PoolFull.error("a fault that was asked for").retry());
         }
+        // Before the bytes can move.
+        let spots = if act.is_some() { self.spots(&post) } else { Vec::new() };
         self.inner.post(post)?;
         if let Some(act) = act {
-            let first = post.writes.iter().find(|write| write.len > 0);
-            self.acts.insert(post.id, (act, first.map(|write| (write.segment, write.dst))));
+            self.acts.insert(post.id, (act, spots));
         }
         Ok(())
     }

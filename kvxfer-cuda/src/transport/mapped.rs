@@ -202,6 +202,14 @@ impl<A: Attach> Transport for Mapped<A> {
         });
     }
 
+    fn holds(&self, peer: Incarnation, segment: Option<SegmentId>) -> bool {
+        // What names a segment fails with it.
+        match segment {
+            Some(segment) => self.segments.contains_key(&(peer, segment)),
+            None => self.segments.keys().any(|&(owner, _)| owner == peer),
+        }
+    }
+
     fn post(&mut self, post: Post<'_>) -> Result<()> {
         let queued = self.copies.len();
         let room = queued + post.writes.len() <= WRITES && self.posts.len() < POSTS;

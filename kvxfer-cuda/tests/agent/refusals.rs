@@ -83,3 +83,29 @@ fn a_chunk_larger_than_the_pool_is_refused_and_both_logs_say_so_now_and_then() {
         assert!((1..=most).contains(&said), "{said} lines about {peer}");
     }
 }
+
+/// A path that drops writes and reports success ends the link before anything of it is believed.
+#[cfg(feature = "faults")]
+#[test]
+fn a_path_on_which_writes_do_not_arrive_is_no_path() {
+    logs::listen();
+    let dir = tempdir::TempDir::new();
+    let mut consumer = config(Role::Consumer, dir.path());
+    consumer.name = "decode without writes".into();
+    let decode = Engine::start(consumer);
+    let mut producer = config(Role::Producer, dir.path());
+    producer.name = "prefill without writes".into();
+    producer.peers = vec![decode.tcp()];
+    producer.fault = Some(kvxfer_cuda::Fault::DropWrites);
+    let mut prefill = Engine::start(producer);
+
+    let text = prompt(1, 100);
+    prefill.prefill(&text, &crate::blocks(&text, 7));
+    let claim = decode.claim(&text);
+    decode.until_claimed(claim, Next::Lost);
+    let line = decode.until(|_| lines(&["prefill without writes", "does not arrive"]).pop());
+    assert!(line.starts_with("ERROR refused a producer") && line.contains("by local"), "{line}");
+    prefill.until(|_| lines(&["decode without writes", "does not arrive"]).pop());
+    let stats = decode.agent.stats().unwrap();
+    assert_eq!((stats.consumer.committed, stats.links), (0, 1), "{stats:?}");
+}

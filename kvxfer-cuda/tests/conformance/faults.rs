@@ -43,6 +43,18 @@ fn each_act_does_what_it_says_to_its_post_only() {
 }
 
 #[test]
+fn dropped_writes_end_well_and_leave_nothing() {
+    let mut bench = faulty(Faults::each(Act::Drop));
+    let mut model = Model::new(&mut bench, 4);
+    let before = bench.read(0, ZERO, 0, 8192);
+    let writes = [write(0, 0, ZERO, 0, 5000), write(1, 0, ZERO, 6000, 100)];
+    bench.post(0, 1, 5, &writes).unwrap();
+    let sum = model.post(0, 5, &writes);
+    assert_eq!(ends(&mut bench), [(PostId(1), bench.peer(0), Some(sum))]);
+    assert!(bench.read(0, ZERO, 0, 8192) == before);
+}
+
+#[test]
 fn a_held_transport_moves_nothing_until_it_is_released() {
     let faults = Faults::new();
     let mut bench = faulty(faults.clone());

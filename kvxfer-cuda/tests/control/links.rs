@@ -135,6 +135,7 @@ fn descriptors_arrive_with_the_message_they_were_sent_with() {
                     segment: SegmentId(number as u32),
                     generation: 0,
                     bytes: number,
+                    probe: number,
                     transport: "shm".into(),
                     blob: vec![0; (random >> 40) as usize % 60_000],
                 };

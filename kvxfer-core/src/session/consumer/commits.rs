@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use super::offers::{Place, State};
+use super::probes::{Early, Probe};
 use super::reclaim::Then;
 use super::{Consumer, Entry, LinkKind, Phase};
 use crate::session::planted::{Bug, planted};
@@ -43,6 +44,19 @@ impl Consumer {
                 return Err(protocol(format!("grant {number} was given to {}", grant.peer)));
             }
             Some(grant) if matches!(grant.phase, Phase::Writing { .. }) => {
+                match self.least_probe(link, number) {
+                    Probe::Passed => {}
+                    Probe::Verifying(_) => {
+                        self.early.push(Early { link, grant: number, sums });
+                        return Ok(());
+                    }
+                    Probe::Awaited(_) => {
+                        return Err(protocol(format!(
+                            "grant {number} was committed before its segments were probed"
+                        )));
+                    }
+                }
+                let Some(grant) = self.grants.get_mut(&number) else { return Ok(()) };
                 grant.phase = Phase::Resident { sums: sums.into() };
                 self.index(now, number)?;
                 CommitOutcome::Indexed

@@ -6,6 +6,7 @@
 //! * [`offers`]: a queue of offers; grants go out in order as room allows;
 //! * [`commits`]: how a grant ends: committed, given back to the queue, lost with its producer;
 //! * [`claims`]: what the engine's requests pin; [`loads`]: pool to engine, which empties the pool;
+//! * [`probes`]: whether a producer's writes arrive;
 //! * [`reclaim`]: fences, segments changing hands, and what the collector gives up.
 //!
 //! Invariants, checked by the fleet simulation:
@@ -19,6 +20,7 @@ mod claims;
 mod commits;
 mod loads;
 mod offers;
+mod probes;
 mod reclaim;
 mod types;
 
@@ -41,6 +43,7 @@ use claims::Claim;
 use loads::Load;
 pub use loads::{Copied, LoadRequest};
 use offers::{Offer, Place};
+use probes::{Early, Probe};
 use reclaim::Then;
 pub use types::{ConsumerAction, ConsumerConfig, ConsumerStats};
 
@@ -102,7 +105,7 @@ enum LinkKind {
     Producer {
         /// Set by a compatible [`Message::Attach`]; nothing else is heard before.
         attached: bool,
-        exported: BTreeSet<SegmentId>,
+        exported: BTreeMap<SegmentId, Probe>,
         outstanding_pages: u32,
         offers: BTreeSet<OfferId>,
     },
@@ -142,6 +145,9 @@ pub struct Consumer {
     loads: HashMap<LoadId, Load>,
     asks: BTreeMap<u64, claims::Ask>,
     next_number: u64,
+    next_probe: u64,
+    /// Commits that came while the probe of a segment is verified.
+    early: Vec<Early>,
     timers: Timers<Timer>,
     actions: VecDeque<ConsumerAction>,
     stats: ConsumerStats,
@@ -176,6 +182,8 @@ impl Consumer {
             loads: HashMap::new(),
             asks: BTreeMap::new(),
             next_number: 1,
+            next_probe: 1,
+            early: Vec::new(),
             timers: Timers::new(),
             actions: VecDeque::new(),
             stats: ConsumerStats::default(),
@@ -193,7 +201,7 @@ impl Consumer {
         }
         let kind = LinkKind::Producer {
             attached: false,
-            exported: BTreeSet::new(),
+            exported: BTreeMap::new(),
             outstanding_pages: 0,
             offers: BTreeSet::new(),
         };
@@ -213,6 +221,7 @@ impl Consumer {
     /// A link ended: EOF, reset, silence, a violation. Fences nothing.
     pub fn disconnected(&mut self, now: Time, link: LinkId) {
         let Some(gone) = self.links.remove(&link) else { return };
+        self.early.retain(|early| early.link != link);
         match gone.kind {
             LinkKind::Producer { offers, .. } => self.producer_lost(now, link, gone.peer, offers),
             LinkKind::Observer { claims, .. } => {
@@ -283,6 +292,10 @@ impl Consumer {
             }
             Message::Retired { segment, generation } => {
                 self.retired(peer, segment, generation);
+                Ok(())
+            }
+            Message::Probed { segment, probe, sum } => {
+                self.probed(link, segment, probe, sum);
                 Ok(())
             }
             other => Err(unexpected("producer", &other)),

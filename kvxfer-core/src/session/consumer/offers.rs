@@ -6,6 +6,7 @@
 
 use std::sync::Arc;
 
+use super::probes::Probe;
 use super::{Consumer, ConsumerAction, Grant, LinkKind, Phase, Timer};
 use crate::pool::PageState;
 use crate::session::planted::{Bug, planted};
@@ -389,9 +390,16 @@ impl Consumer {
             return;
         };
         for segment in grants.iter().flat_map(|grant| &grant.extents).map(|extent| extent.segment) {
-            if exported.insert(segment) {
-                let generation = self.segments[segment.0 as usize].generation;
-                self.actions.push_back(ConsumerAction::Export { link, segment, generation });
+            if let std::collections::btree_map::Entry::Vacant(place) = exported.entry(segment) {
+                let probe = self.next_probe;
+                self.next_probe += 1;
+                place.insert(Probe::Awaited(probe));
+                let state = &mut self.segments[segment.0 as usize];
+                // It was asked to let go, and needs the segment again: its answer is of no use any more.
+                state.retiring = false;
+                let generation = state.generation;
+                let export = ConsumerAction::Export { link, segment, generation, probe };
+                self.actions.push_back(export);
             }
         }
     }

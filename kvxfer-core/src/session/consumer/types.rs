@@ -53,6 +53,20 @@ pub enum ConsumerAction {
         segment: SegmentId,
         /// Its generation.
         generation: u32,
+        /// What the message names the probe of it.
+        probe: u64,
+    },
+    /// A producer wrote to the end of a segment: compare what can be read there with the checksum of what it wrote.
+    /// Answer with [`Consumer::verified`].
+    Verify {
+        /// The producer's link.
+        link: LinkId,
+        /// The segment.
+        segment: SegmentId,
+        /// The probe: the checksum's seed.
+        probe: u64,
+        /// The checksum of what was written.
+        sum: u64,
     },
     /// Copy one chunk out of the pool into the engine's blocks, and verify the copy. Answer with
     /// [`Consumer::copied`].
