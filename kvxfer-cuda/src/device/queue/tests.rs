@@ -95,6 +95,8 @@ proptest! {
                 let long = table.copies().iter().all(|copy| copy.len >= kernel_below);
                 let short = table.items().iter().filter(|item| item.dst != 0).all(|item| item.len < kernel_below);
                 prop_assert!(long && short);
+                let mut read_again = table.items().iter().filter(|item| item.dst == 0);
+                prop_assert!(read_again.all(|item| (item.src < 1 << 32) == (summed == Summed::Source)));
                 let sums = run(table, &memory, &mut stored);
                 queue.settle(table.tasks(), Ok(&sums));
             }

@@ -1,227 +1,20 @@
-//! The copier: what it copies and sums, what it refuses, and how it ends.
+//! How tasks end, and the copier itself.
 
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
-use kvxfer_core::sum::{Sum, word_key};
-use kvxfer_core::{Error, ErrorKind};
-use kvxfer_cuda::device::{Copier, CopierConfig, Done, Span, Summed};
-use kvxfer_cuda::driver::{Buffer, Device, DevicePtr, Event, Priority};
+use kvxfer_core::ErrorKind;
+use kvxfer_cuda::device::CopierConfig;
+use kvxfer_cuda::driver::Priority;
 
+use super::copies::check_all;
+use super::{BATCH, KERNEL, Rig, event, span, sum};
 use crate::allocations;
 use crate::harness::{
-    DEADLINE, Gate, Peer, assert_nothing_lives, child_device, device, drain, get, live, on_standin,
+    DEADLINE, Gate, Peer, assert_nothing_lives, child_device, device, drain, finish, get, live,
     parent, pattern, put,
 };
-
-/// A copier, and what it says.
-pub struct Rig {
-    pub copier: Copier,
-    wakes: Receiver<()>,
-    done: Vec<Done>,
-}
-
-impl Rig {
-    pub fn new(device: &Device, config: CopierConfig) -> Self {
-        Self::try_new(device, config).unwrap()
-    }
-
-    fn try_new(device: &Device, config: CopierConfig) -> Result<Self, Error> {
-        let (wake, wakes) = channel();
-        let copier = Copier::new(device, config, move || {
-            let _ = wake.send(());
-        })?;
-        Ok(Self { copier, wakes, done: Vec::with_capacity(1 << 12) })
-    }
-
-    /// The ends of so many tasks, or of as many as there are in that time.
-    pub fn collect_for(&mut self, tasks: usize, limit: Duration) -> Vec<Done> {
-        let deadline = Instant::now() + limit;
-        loop {
-            self.copier.poll(&mut self.done);
-            let left = deadline.saturating_duration_since(Instant::now());
-            if self.done.len() >= tasks || self.wakes.recv_timeout(left).is_err() {
-                return std::mem::take(&mut self.done);
-            }
-        }
-    }
-
-    /// The ends of so many tasks.
-    #[track_caller]
-    pub fn collect(&mut self, tasks: usize) -> Vec<Done> {
-        let done = self.collect_for(tasks, DEADLINE);
-        assert_eq!(done.len(), tasks, "tasks that ended");
-        done
-    }
-
-    /// Copies, and waits for the sum.
-    #[track_caller]
-    pub fn run(&mut self, spans: &[Span]) -> Result<u64, Error> {
-        self.copier.submit(0, spans).unwrap();
-        self.collect(1).remove(0).result
-    }
-}
-
-pub fn event(device: &Device) -> Arc<Event> {
-    Arc::new(device.event().unwrap())
-}
-
-/// Copies by the kernel alone.
-pub const KERNEL: CopierConfig = CopierConfig {
-    kernel_below: Some(u64::MAX),
-    sms: 4,
-    outstanding: 64 << 20,
-    summed: Summed::Source,
-};
-/// Copies by batches alone.
-pub const BATCH: CopierConfig = CopierConfig { kernel_below: Some(0), ..KERNEL };
-
-/// One copy, with the checksum of seed 0 from word 0 on.
-pub fn span(src: DevicePtr, dst: DevicePtr, len: u64) -> Span {
-    Span { src, dst: Some(dst), len, key: word_key(0, 0) }
-}
-
-/// The checksum of seed 0.
-pub fn sum(bytes: &[u8]) -> u64 {
-    let mut sum = Sum::new(0);
-    sum.update(bytes);
-    sum.finish()
-}
-
-const SEED: u64 = 0xfeed;
-const POISON: u8 = 0xa5;
-/// Bytes between two destinations.
-const GUARD: u64 = 64;
-
-/// A task with these copies, (length, source's and destination's offset from a multiple of 16), into memory of
-/// their own between guards: checks all of that memory, and the sum.
-#[track_caller]
-fn check(
-    device: &Device,
-    rig: &mut Rig,
-    source: &Buffer,
-    bytes: &[u8],
-    copies: &[(u64, u64, u64)],
-) {
-    let room: u64 = copies.iter().map(|(len, ..)| len.next_multiple_of(16) + 16 + GUARD).sum();
-    let target = device.buffer(room + GUARD).unwrap();
-    let mut expected = vec![POISON; target.bytes() as usize];
-    put(device, target.ptr(), &expected);
-    let (mut sum, mut spans, mut at) = (Sum::new(SEED), Vec::new(), GUARD);
-    for &(len, src, dst) in copies {
-        let to = at + dst;
-        spans.push(Span {
-            src: source.ptr().offset(src),
-            dst: Some(target.ptr().offset(to)),
-            len,
-            key: word_key(SEED, sum.index()),
-        });
-        let from = &bytes[src as usize..(src + len) as usize];
-        sum.update(from);
-        expected[to as usize..(to + len) as usize].copy_from_slice(from);
-        at += len.next_multiple_of(16) + 16 + GUARD;
-    }
-    assert_eq!(rig.run(&spans).unwrap(), sum.finish(), "the sum of {copies:?}");
-    let stored = get(device, target.ptr(), expected.len());
-    let differs = stored.iter().zip(&expected).position(|(stored, expected)| stored != expected);
-    assert_eq!(differs, None, "the bytes of {copies:?}");
-}
-
-/// All alignments, of each length; all lengths in one task.
-fn check_all(device: &Device, config: CopierConfig) {
-    const LENGTHS: [u64; 20] =
-        [1, 2, 7, 8, 9, 15, 16, 17, 24, 63, 255, 256, 257, 511, 512, 513, 2048, 4095, 4097, 65_544];
-    let mut rig = Rig::new(device, config);
-    let bytes = pattern((1 << 20) + 64, 1);
-    let source = device.buffer(bytes.len() as u64).unwrap();
-    put(device, source.ptr(), &bytes);
-    let pairs = || (0..16).flat_map(|src| (0..16).map(move |dst| (src, dst)));
-    for len in LENGTHS.into_iter().filter(|len| *len < 4096) {
-        let copies: Vec<_> = pairs().map(|(src, dst)| (len, src, dst)).collect();
-        check(device, &mut rig, &source, &bytes, &copies);
-    }
-    for len in [4097, 65_544, 1 << 20] {
-        let copies: Vec<_> = (0..16).map(|shift| (len, shift, shift * 5 % 16)).collect();
-        check(device, &mut rig, &source, &bytes, &copies);
-    }
-    let mixed: Vec<_> = LENGTHS.iter().zip(pairs()).map(|(&len, (a, b))| (len, b, a)).collect();
-    check(device, &mut rig, &source, &bytes, &mixed);
-    // Summed only.
-    let only = Span { src: source.ptr(), dst: None, len: 70_001, key: word_key(0, 0) };
-    assert_eq!(rig.run(&[only]).unwrap(), sum(&bytes[..70_001]));
-}
-
-#[test]
-fn the_kernel_copies_and_sums() {
-    let device = device!();
-    check_all(&device, KERNEL);
-}
-
-#[test]
-fn batches_copy_and_the_kernel_sums() {
-    let device = device!();
-    check_all(&device, BATCH);
-    check_all(&device, CopierConfig { summed: Summed::Destination, ..BATCH });
-}
-
-#[test]
-fn both_together() {
-    let device = device!();
-    for summed in [Summed::Source, Summed::Destination] {
-        check_all(&device, CopierConfig { kernel_below: Some(1000), summed, ..KERNEL });
-    }
-}
-
-/// Drivers differ in how a batch is given to them.
-#[test]
-fn without_either_batch_call() {
-    if parent("batches").is_some() {
-        let device = child_device();
-        return check_all(&device, CopierConfig { kernel_below: Some(1000), ..KERNEL });
-    }
-    let _device = device!();
-    if !on_standin() {
-        return crate::harness::skip("needs the stand-in");
-    }
-    for setting in [
-        "driver=13000",
-        "driver=12060",
-        "driver=12080;missing=cuMemcpyBatchAsync",
-        "driver=13000;missing=cuMemcpyBatchAsync_v2",
-    ] {
-        let setting = standin(setting);
-        let env = [("KVXFER_STANDIN", &*setting)];
-        Peer::start_with("copier::without_either_batch_call", "batches", &env).succeeds();
-    }
-}
-
-/// What the stand-in of a child is told: this process's settings, and more.
-fn standin(more: &str) -> String {
-    let own = std::env::var("KVXFER_STANDIN").unwrap_or_default();
-    format!("{own};{more}")
-}
-
-#[test]
-fn a_task_is_cut_into_launches() {
-    let device = device!();
-    // 64 KiB a launch.
-    let config = CopierConfig { outstanding: 1, kernel_below: Some(8192), ..KERNEL };
-    let mut rig = Rig::new(&device, config);
-    let bytes = pattern(1 << 20, 2);
-    let source = device.buffer(1 << 20).unwrap();
-    put(&device, source.ptr(), &bytes);
-    check(
-        &device,
-        &mut rig,
-        &source,
-        &bytes,
-        &[((1 << 20) - 3, 3, 3), (5, 0, 0), (300_000, 7, 11)],
-    );
-    // More spans than a table has.
-    let copies: Vec<_> = (0..5000).map(|i| (1 + i % 40, i % 16, i % 13)).collect();
-    check(&device, &mut rig, &source, &bytes, &copies);
-}
 
 #[test]
 fn each_task_ends_once_in_order() {
@@ -366,7 +159,7 @@ fn a_drop_waits_for_what_is_under_way() {
 fn what_does_not_end_is_never_freed() {
     if parent("leak").is_none() {
         let _device = device!();
-        return Peer::start("copier::what_does_not_end_is_never_freed", "leak").succeeds();
+        return Peer::start("copier::ends::what_does_not_end_is_never_freed", "leak").succeeds();
     }
     let device = child_device();
     let engine = device.stream(Priority::Default).unwrap();
@@ -382,18 +175,17 @@ fn what_does_not_end_is_never_freed() {
         .map(|(at, len)| span(source.ptr().offset(at), target.ptr().offset(at), len));
     rig.copier.submit(0, &spans).unwrap();
     rig.copier.poll(&mut rig.done);
+    let launched = Arc::clone(rig.copier.launched());
     rig.copier.drain(Duration::ZERO).unwrap_err();
     let start = Instant::now();
     drop(rig);
     assert!(start.elapsed() < Duration::from_secs(5), "it had been waited for already");
     gate.open();
     // It runs to its end, in memory that is still there: else the context would be lost.
-    let start = Instant::now();
-    while get(&device, target.ptr(), 1 << 16) != bytes {
-        assert!(start.elapsed() < DEADLINE, "the copies never came");
-    }
+    finish(&launched);
+    assert!(get(&device, target.ptr(), 1 << 16) == bytes);
     drain(&engine);
-    drop((engine, computed, source, target, gate, device));
+    drop((launched, engine, computed, source, target, gate, device));
     assert!(live().is_none_or(|counts| counts.iter().any(|&count| count > 0)));
 }
 
@@ -401,7 +193,7 @@ fn what_does_not_end_is_never_freed() {
 fn nothing_is_left() {
     if parent("zero").is_none() {
         let _device = device!();
-        return Peer::start("copier::nothing_is_left", "zero").succeeds();
+        return Peer::start("copier::ends::nothing_is_left", "zero").succeeds();
     }
     let device = child_device();
     check_all(&device, CopierConfig { kernel_below: Some(1000), ..KERNEL });
@@ -415,18 +207,6 @@ fn nothing_is_left() {
     drop(rig);
     drop((buffer, device));
     assert_nothing_lives();
-}
-
-#[test]
-fn the_cut_over_is_measured() {
-    let device = device!();
-    let mut rig = Rig::new(&device, CopierConfig { kernel_below: None, ..KERNEL });
-    let below = rig.copier.kernel_below();
-    assert!((4 << 10..=4 << 20).contains(&below), "{below}");
-    let bytes = pattern(1 << 16, 7);
-    let source = device.buffer(1 << 16).unwrap();
-    put(&device, source.ptr(), &bytes);
-    check(&device, &mut rig, &source, &bytes, &[(1 << 16, 0, 0), (100, 1, 2)]);
 }
 
 #[test]
