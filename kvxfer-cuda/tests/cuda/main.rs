@@ -9,7 +9,7 @@ mod allocations;
 mod contract;
 mod copier;
 mod faults;
-#[allow(dead_code)] // until all modules are there
 mod harness;
+mod objects;
 mod orders;
 mod two_process;
