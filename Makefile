@@ -52,7 +52,7 @@ kernels: ## the copy kernel without a GPU: its PTX against its source, no spills
 	@$(call say,kernels: the CUDA compilers)
 	compilers=$$(env/cuda)
 	$(call say,kernels: compiling and checking)
-	"$$compilers/venv/bin/python" kvxfer-cuda/kernels/build.py
+	"$$compilers/venv/bin/python" -B kvxfer-cuda/kernels/build.py
 
 python: ## the wheel, ruff, mypy, the stubs against the binary, and the Python tests without engines
 	@$(call say,python: the environment and the wheel)
