@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use std::sync::atomic::AtomicU64;
 
 use crate::abi::Code;
-use crate::faults::Fault;
+use crate::faults::{Fault, When};
 use crate::state::Gpu;
 
 /// `KVXFER_STANDIN`: `key=value`, joined by `;`. See `README.md`.
@@ -101,8 +101,9 @@ impl Config {
             "hidden" => self.hidden = list(value, |item| item.parse().ok())?.into_iter().collect(),
             "driver" => self.driver = value.parse().ok()?,
             "missing" => self.missing = list(value, |item| Some(item.to_owned()))?,
-            "fail" => self.faults.extend(list(value, |item| fault(item, false))?),
-            "sticky" => self.faults.extend(list(value, |item| fault(item, true))?),
+            "fail" => self.faults.extend(list(value, |item| fault(item, When::Once))?),
+            "sticky" => self.faults.extend(list(value, |item| fault(item, When::Sticky))?),
+            "late" => self.faults.extend(list(value, |item| fault(item, When::Late))?),
             "ledger" => self.ledger = Some(value.into()),
             "mps" => self.mps = flag(value)?,
             "fabric" => self.fabric = flag(value)?,
@@ -215,13 +216,13 @@ fn bytes(text: &str) -> Option<u64> {
 }
 
 /// "cuMemCreate:3:2": the third one answers 2.
-fn fault(text: &str, sticky: bool) -> Option<Fault> {
+fn fault(text: &str, when: When) -> Option<Fault> {
     let mut parts = text.split(':');
     let fault = Fault {
         call: parts.next()?.to_owned(),
         nth: parts.next()?.parse().ok()?,
         code: Code(parts.next()?.parse().ok()?),
-        sticky,
+        when,
         calls: AtomicU64::new(0),
     };
     parts.next().is_none().then_some(fault)
@@ -244,7 +245,7 @@ mod tests {
         assert_eq!((config.devices, config.memory), (3, 512 << 20));
         let fault = &config.faults[0];
         assert_eq!((fault.call.as_str(), fault.nth, fault.code), ("cuMemCreate", 2, Code(700)));
-        assert!(fault.sticky);
+        assert_eq!(fault.when, When::Sticky);
     }
 
     #[test]

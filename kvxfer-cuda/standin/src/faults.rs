@@ -1,9 +1,31 @@
 //! Errors on order: the n-th call of an entry point fails, for this once or for good.
 
+use std::cell::Cell;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::abi::{Code, Result};
 use crate::{exec, state};
+
+/// How a call fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum When {
+    /// It does nothing but answer the code.
+    Once,
+    /// The same, and the context of the calling thread is broken from then on.
+    Sticky,
+    /// It answers 0; what it queued fails with the code when its turn comes, and breaks the device.
+    Late,
+}
+
+thread_local! {
+    /// What the work is to fail with that the present call queues.
+    static LATE: Cell<Option<Code>> = const { Cell::new(None) };
+}
+
+/// What the work that is being queued is to fail with.
+pub(crate) fn late() -> Option<Code> {
+    LATE.take()
+}
 
 /// One line of the configuration.
 #[derive(Debug)]
@@ -13,8 +35,7 @@ pub(crate) struct Fault {
     /// Which call fails, from 1; 0: each.
     pub(crate) nth: u64,
     pub(crate) code: Code,
-    /// Whether the context of the calling thread is broken from then on.
-    pub(crate) sticky: bool,
+    pub(crate) when: When,
     pub(crate) calls: AtomicU64,
 }
 
@@ -23,15 +44,20 @@ pub(crate) struct Fault {
 /// # Errors
 /// The code that was ordered for this call.
 pub(crate) fn before(name: &str) -> Result {
+    LATE.set(None);
     for fault in state::config()?.faults.iter().filter(|fault| fault.call == base_name(name)) {
         let call = fault.calls.fetch_add(1, Ordering::Relaxed) + 1;
         if fault.nth == 0 || fault.nth == call {
-            if fault.sticky
-                && let Ok(device) = state::current()
-            {
-                exec::fail(device, fault.code);
+            match fault.when {
+                When::Late => LATE.set(Some(fault.code)),
+                When::Once => return Err(fault.code),
+                When::Sticky => {
+                    if let Ok(device) = state::current() {
+                        exec::fail(device, fault.code);
+                    }
+                    return Err(fault.code);
+                }
             }
-            return Err(fault.code);
         }
     }
     Ok(())

@@ -7,6 +7,7 @@ use super::queue::Queues;
 use super::run::{wait, with};
 use super::work::{HostCall, Job, Work};
 use crate::abi::{Code, Out, Result};
+use crate::faults;
 use crate::state::{self, Gpu};
 
 /// Highest priority: the lowest number. 0 is the lowest one.
@@ -46,6 +47,7 @@ pub(super) fn stream_for_work(queues: &mut Queues, gpu: Gpu, handle: u64) -> Res
 /// # Errors
 /// As for [`stream_for_work`], and those of captures.
 pub(super) fn enqueue(gpu: Gpu, handle: u64, work: Work) -> Result<Option<Ticket>> {
+    let work = faults::late().map_or(work, Work::Fails);
     with(|queues| {
         let stream = stream_for_work(queues, gpu, handle)?;
         if queues.captures(stream)? {

@@ -23,6 +23,8 @@ pub(super) enum Work {
     /// Something of our own, in the stream's order.
     Job(Job),
     Launch(Launch),
+    /// What a fault made of it.
+    Fails(Code),
 }
 
 /// Work of our own.
@@ -39,6 +41,7 @@ impl fmt::Debug for Work {
             Self::Host(_) => "a host function",
             Self::Job(_) => "a stream-ordered call",
             Self::Launch(_) => "a kernel",
+            Self::Fails(_) => "a failure on order",
         })
     }
 }
@@ -60,6 +63,7 @@ impl Work {
                 }
             }
             Self::Launch(launch) => launch.run(gpu, since)?,
+            Self::Fails(code) => return Err(*code),
         }
         Ok(true)
     }

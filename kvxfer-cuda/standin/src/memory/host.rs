@@ -7,10 +7,11 @@ use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 use super::space::{Kind, ranges, ranges_mut};
 use crate::abi::{Code, Out, Result};
 use crate::report::{Counted, Live};
-use crate::state;
+use crate::{exec, state};
 
 fn allocate(bytes: u64) -> Result<u64> {
     state::current()?;
+    exec::may_wait()?;
     if bytes == 0 {
         return Err(Code::INVALID_VALUE);
     }
@@ -25,6 +26,7 @@ fn allocate(bytes: u64) -> Result<u64> {
 
 fn forget(start: u64, is_it: fn(&Kind) -> bool, otherwise: Code) -> Result {
     state::devices()?;
+    exec::may_wait()?;
     let mut ranges = ranges_mut()?;
     if !ranges.at(start).is_some_and(|mapping| is_it(&mapping.kind)) {
         return Err(otherwise);

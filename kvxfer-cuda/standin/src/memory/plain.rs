@@ -48,6 +48,7 @@ fn is_plain(ranges: &Ranges, start: u64) -> bool {
 entries! {
     fn cuMemAlloc_v2(start: Out<u64>, bytes: usize) {
         let gpu = state::current()?;
+        exec::may_wait()?;
         if start.is_null() {
             return Err(Code::INVALID_VALUE);
         }
@@ -55,6 +56,7 @@ entries! {
     }
 
     fn cuMemFree_v2(start: u64) {
+        exec::may_wait()?;
         if start != 0 {
             free(start)?;
         }

@@ -112,6 +112,12 @@ fn a_global_capture_forbids_event_queries_in_all_threads_but_those_apart() {
         cu!(cuStreamBeginCapture_v2(stream, GLOBAL));
         assert_eq!(query(false), CUresult::CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
         assert_eq!(end(stream), CUresult::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
+        // As it forbids allocations.
+        cu!(cuStreamBeginCapture_v2(stream, GLOBAL));
+        let mut at = 0;
+        let unsupported = CUresult::CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED;
+        assert_eq!(code!(cuMemAlloc_v2(&mut at, 8)), unsupported);
+        assert_eq!(end(stream), CUresult::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
         cu!(cuStreamBeginCapture_v2(stream, THREAD));
         assert_eq!(query(false), CUresult::CUDA_SUCCESS);
         assert_eq!(end(stream), CUresult::CUDA_SUCCESS);
@@ -129,8 +135,8 @@ fn the_null_stream_and_a_capture_keep_apart() {
             code!(cuStreamBeginCapture_v2(null, RELAXED)),
             CUresult::CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED
         );
-        cu!(cuStreamBeginCapture_v2(blocking, RELAXED));
         let at = device(4);
+        cu!(cuStreamBeginCapture_v2(blocking, RELAXED));
         let implicit = CUresult::CUDA_ERROR_STREAM_CAPTURE_IMPLICIT;
         assert_eq!(code!(cuMemsetD8Async(at, 0, 4, null)), implicit);
         let mut status = CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;

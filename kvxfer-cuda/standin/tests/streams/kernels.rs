@@ -28,6 +28,9 @@ const PTX: &CStr = c"
 .visible .entry no_such_kernel(.param .u64 a) { ret; }
 ";
 
+/// What the product gives it.
+const COMMITTED: &str = include_str!("../../../kernels/kv.ptx");
+
 /// Bytes of an item of the kernel's, of its tiles, and sums of a slot (kernels/kv.cu).
 const ITEM: usize = 40;
 const TILE: usize = 512;
@@ -145,6 +148,21 @@ fn modules_and_launches_are_checked() {
         cu!(cuModuleUnload(module));
         assert_eq!(live("modules"), 0);
         assert_eq!(launch(function, 32, [0; 4], stream()), handle);
+    });
+}
+
+#[test]
+fn the_committed_device_code_is_understood() {
+    on_standin(&["driver=12000".into()], || {
+        bind(0);
+        let text = std::ffi::CString::new(COMMITTED).expect("text");
+        let module = load(&text).expect("it loads");
+        let mut function = ptr::null_mut();
+        cu!(cuModuleGetFunction(&mut function, module, c"kvx_copy_sum".as_ptr()));
+        // As many threads as it says, and no more.
+        let too_many = CUresult::CUDA_ERROR_LAUNCH_OUT_OF_RESOURCES;
+        assert_eq!(launch(function, 1024, [0; 4], stream()), too_many);
+        assert_eq!(launch(function, 512, [0; 4], stream()), CUresult::CUDA_SUCCESS);
     });
 }
 

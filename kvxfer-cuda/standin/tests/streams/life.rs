@@ -126,3 +126,17 @@ fn work_that_was_dropped_with_its_device_holds_nobody_up() {
         assert_eq!(waiter.join().map_err(drop), Ok(failed));
     });
 }
+
+#[test]
+fn late_failures_come_when_the_work_would_run() {
+    on_standin(&seeds("late=cuMemsetD8Async:2:719"), || {
+        bind(0);
+        let (stream, kv) = (stream(), device(8));
+        cu!(cuMemsetD8Async(kv, 1, 8, stream));
+        cu!(cuStreamSynchronize(stream));
+        cu!(cuMemsetD8Async(kv, 1, 8, stream));
+        let failed = CUresult::CUDA_ERROR_LAUNCH_FAILED;
+        assert_eq!(code!(cuStreamSynchronize(stream)), failed);
+        assert_eq!(code!(cuMemsetD8Async(kv, 1, 8, stream)), failed);
+    });
+}
