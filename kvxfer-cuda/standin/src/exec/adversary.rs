@@ -112,3 +112,47 @@ impl Adversary {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OLD: Ready = Ready { stream: 1, first: 10, last: 90, demanded: false };
+    const WANTED: Ready = Ready { stream: 2, first: 20, last: 20, demanded: true };
+    const NEW: Ready = Ready { stream: 3, first: 30, last: 30, demanded: false };
+
+    #[test]
+    fn what_nobody_waits_for_runs_late_unless_it_is_newer() {
+        let mut adversary = Adversary::new(0);
+        assert_eq!(adversary.choose(&[OLD, NEW], None), None);
+        assert_eq!(adversary.choose(&[OLD, WANTED], Some(20)), Some(2));
+        assert_eq!(adversary.choose(&[OLD, WANTED, NEW], Some(20)), Some(3));
+        // What is waited for can't run yet: that is no reason to run what is older.
+        assert_eq!(adversary.choose(&[OLD], Some(20)), None);
+    }
+
+    #[test]
+    fn nobody_waits_for_ever() {
+        for seed in 0..20 {
+            let mut adversary = Adversary::new(seed);
+            let mut streams =
+                (0..=PATIENCE).map(|_| adversary.choose(&[OLD, WANTED, NEW], Some(20)));
+            assert!(streams.any(|stream| stream == Some(2)), "seed {seed}");
+        }
+    }
+
+    #[test]
+    fn all_moods_come_and_no_order_stays() {
+        let mut adversary = Adversary::new(1);
+        let chosen = |adversary: &mut Adversary| adversary.choose(&[OLD, WANTED], Some(20));
+        let choices: Vec<_> = (0..1000).map(|_| chosen(&mut adversary)).collect();
+        assert!(choices.contains(&Some(1)) && choices.contains(&Some(2)));
+        for seed in 0..20 {
+            let mut list: Vec<u32> = (0..50).collect();
+            Adversary::new(seed).shuffle(&mut list);
+            assert!(!list.is_sorted());
+            list.sort_unstable();
+            assert!(list.into_iter().eq(0..50));
+        }
+    }
+}

@@ -151,3 +151,57 @@ impl Accesses {
         });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(range: Range<u64>) -> Touched {
+        Touched { reads: [range].into(), ..Touched::default() }
+    }
+
+    fn write(range: Range<u64>) -> Touched {
+        Touched { writes: [range].into(), ..Touched::default() }
+    }
+
+    fn knows(stream: StreamId, seq: u64) -> Clock {
+        let mut clock = Clock::new();
+        clock.note(stream, seq);
+        clock
+    }
+
+    #[test]
+    fn ranges_conflict_where_they_overlap() {
+        let nothing = Clock::new();
+        let mut accesses = Accesses::new();
+        assert!(accesses.note(&write(10..20), 1, 1, &nothing).is_none());
+        assert!(accesses.note(&write(20..30), 2, 2, &nothing).is_none());
+        assert!(accesses.note(&read(0..10), 3, 3, &nothing).is_none());
+        let conflict = accesses.note(&read(15..25), 3, 4, &knows(1, 1)).unwrap();
+        assert_eq!((conflict.address, conflict.other), (20, 2));
+        // Readers don't mind each other; who writes minds them all.
+        assert!(accesses.note(&read(0..10), 4, 5, &nothing).is_none());
+        let conflict = accesses.note(&write(5..6), 4, 6, &nothing).unwrap();
+        assert_eq!((conflict.other, conflict.other_wrote), (3, false));
+        // A later access of the same stream is not known with an earlier one.
+        assert!(accesses.note(&read(10..11), 1, 7, &nothing).is_none());
+        assert!(accesses.note(&write(10..11), 5, 8, &knows(1, 1)).is_some());
+        assert!(accesses.note(&write(11..12), 5, 9, &knows(1, 1)).is_none());
+    }
+
+    #[test]
+    fn only_what_everybody_knows_is_forgotten() {
+        let mut accesses = Accesses::new();
+        for index in 0..CROWD as u64 {
+            accesses.note(&write(10 * index..10 * index + 5), 1, index, &Clock::new());
+        }
+        let (half, all) = (knows(1, CROWD as u64 / 2), knows(1, CROWD as u64));
+        accesses.prune(&[&all, &half]);
+        assert!(accesses.note(&write(0..5), 2, 0, &Clock::new()).is_none());
+        let last = 10 * (CROWD as u64 - 1);
+        assert!(accesses.note(&write(last..last + 5), 2, 1, &half).is_some());
+        accesses.forget(2);
+        accesses.forget(1);
+        assert!(accesses.ranges.is_empty());
+    }
+}

@@ -10,3 +10,4 @@ mod events;
 mod kernels;
 mod life;
 mod planted;
+mod races;
