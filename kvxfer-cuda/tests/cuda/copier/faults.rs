@@ -5,7 +5,7 @@ use kvxfer_cuda::device::CopierConfig;
 use kvxfer_cuda::driver::{Buffer, Device, DevicePtr, Priority, cuda};
 
 use super::{KERNEL, Rig, event, span, standin, sum};
-use crate::harness::{Peer, device, live, on_standin, parent, skip};
+use crate::harness::{DEADLINE, Peer, device, live, on_standin, parent, skip};
 
 const TEST: &str = "copier::faults::child";
 /// By the kernel, and by batches.
@@ -16,6 +16,8 @@ const TASKS: usize = 4;
 struct Outcome {
     results: Vec<Result<(), Error>>,
     broken: Option<Error>,
+    /// Whether it is known that nothing runs any more.
+    drained: bool,
 }
 
 /// Copies fresh bytes by both ways, after an event of an engine's stream.
@@ -40,16 +42,21 @@ fn copy(rig: &mut Rig, device: &Device, memory: &Buffer, byte: u8) -> Result<(),
     Ok(())
 }
 
+fn outcome(rig: &mut Rig, results: Vec<Result<(), Error>>) -> Outcome {
+    let drained = rig.copier.drain(DEADLINE).is_ok();
+    Outcome { results, broken: rig.copier.is_broken(), drained }
+}
+
 fn scenario(device: &Device) -> Outcome {
     let config = CopierConfig { kernel_below: Some(1024), ..KERNEL };
     let mut rig = match Rig::try_new(device, config) {
         Ok(rig) => rig,
-        Err(error) => return Outcome { results: vec![Err(error)], broken: None },
+        Err(error) => return Outcome { results: vec![Err(error)], broken: None, drained: true },
     };
     let memory = device.buffer(1 << 16).unwrap();
     let results = (0..TASKS).map(|i| copy(&mut rig, device, &memory, i as u8 + 1)).collect();
     assert_eq!(rig.copier.pending(), 0);
-    Outcome { results, broken: rig.copier.is_broken() }
+    outcome(&mut rig, results)
 }
 
 /// A copy to where nothing is.
@@ -66,16 +73,16 @@ fn astray(device: &Device) -> Outcome {
     let mut results = vec![before];
     results.extend(rig.collect(2).into_iter().map(|done| done.result.map(drop)));
     results.push(copy(&mut rig, device, &memory, 2));
-    Outcome { results, broken: rig.copier.is_broken() }
+    outcome(&mut rig, results)
 }
 
-/// In whichever stand-in this process has. Says for each task "ok" or its error, whether the copier is broken, and
-/// whether something is left.
+/// In whichever stand-in this process has. Says for each task "ok" or its error, whether the copier is broken,
+/// whether it could be drained, and whether something is left.
 #[test]
 fn child() {
     for role in ["copies", "astray"] {
         let Some(mut parent) = parent(role) else { continue };
-        let Outcome { results, broken } = {
+        let Outcome { results, broken, drained } = {
             let device = Device::open(cuda().unwrap(), 0).unwrap();
             if role == "astray" { astray(&device) } else { scenario(&device) }
         };
@@ -85,6 +92,7 @@ fn child() {
         let say = |error: Option<&Error>| error.map_or("ok".into(), ToString::to_string);
         let mut lines: Vec<_> = results.iter().map(|result| say(result.as_ref().err())).collect();
         lines.push(say(broken.as_ref()));
+        lines.push(drained.to_string());
         lines.push(live().is_some_and(|counts| counts.iter().any(|&count| count > 0)).to_string());
         parent.say(&lines.join("\n"));
         // Another device goes on.
@@ -107,6 +115,7 @@ fn run(role: &str, faults: &str) -> (Vec<String>, String, bool) {
     peer.succeeds();
     let mut lines: Vec<_> = said.lines().map(str::to_owned).collect();
     let left = lines.pop().unwrap() == "true";
+    assert_eq!(lines.pop().unwrap() == "true", !left, "who can't drain it, leaks it");
     let broken = lines.pop().unwrap();
     (lines, broken, left)
 }
