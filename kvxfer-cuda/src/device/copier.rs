@@ -94,7 +94,8 @@ impl Default for CopierConfig {
 }
 
 /// Copies on one GPU, asynchronous and summed. Owned by one thread, which no call but
-/// [`Copier::drain`] and the drop blocks.
+/// [`Copier::drain`] and the drop blocks. That thread [binds](Device::bind) itself to the device, or a graph
+/// that the engine captures meanwhile is spoilt.
 ///
 /// Spans are copied in no order among themselves; tasks end in the order in which they were submitted.
 ///

@@ -107,28 +107,37 @@ fn nothing_is_done_before_its_copies_are() {
     }
 }
 
-/// Each bug is found by its test, which passes without it.
+/// The bugs of `planted.rs`, and what finds each: the name of a test of this binary.
+#[cfg(kvxfer_planted)]
+const BUGS: &[(&str, &str)] = &[
+    ("EngineEventIgnored", "orders::copies_wait_for_the_engine"),
+    ("BatchOutOfOrder", "orders::batches_read_in_the_streams_order"),
+    ("ReadEventMissing", "orders::blocks_are_reused_after_they_were_read"),
+    ("DoneBeforeCompletion", "orders::nothing_is_done_before_its_copies_are"),
+];
+
+/// Each bug is found by its test, which passes without it. `KVXFER_PLANTED_REPORT` names a file for the result.
 #[cfg(kvxfer_planted)]
 #[test]
 fn planted() {
     use crate::harness::{Peer, on_standin, skip};
 
-    // The bugs of `planted.rs`, and what finds them.
-    let bugs = [
-        ("EngineEventIgnored", "orders::copies_wait_for_the_engine"),
-        ("BatchOutOfOrder", "orders::batches_read_in_the_streams_order"),
-        ("ReadEventMissing", "orders::blocks_are_reused_after_they_were_read"),
-        ("DoneBeforeCompletion", "orders::nothing_is_done_before_its_copies_are"),
-    ];
     let _device = device!();
     if !on_standin() {
         return skip("a device may do by chance what it was not told to");
     }
-    let succeeds =
-        |test, bug| Peer::start_with(test, "planted", &[("KVXFER_PLANTED", bug)]).reap().success();
-    for (bug, test) in bugs {
+    let succeeds = |test, bug| {
+        let env = [("KVXFER_PLANTED", bug), ("RUST_BACKTRACE", "0")];
+        Peer::start_with(test, "planted", &env).reap().success()
+    };
+    let mut lines = Vec::new();
+    for &(bug, test) in BUGS {
         assert!(succeeds(test, ""), "{test} fails without a bug");
         assert!(!succeeds(test, bug), "{test} does not find {bug}");
         println!("{bug}: found by {test}");
+        lines.push(format!("\"{bug}\": \"{test}\""));
+    }
+    if let Ok(path) = std::env::var("KVXFER_PLANTED_REPORT") {
+        std::fs::write(path, format!("{{{}}}", lines.join(", "))).unwrap();
     }
 }

@@ -210,6 +210,26 @@ fn nothing_is_left() {
 }
 
 #[test]
+fn copies_go_on_while_an_engine_captures_a_graph() {
+    // Alone: a capture in global mode forbids things to other threads.
+    let device = device!(alone);
+    let engine = device.stream(Priority::Default).unwrap();
+    let memory = device.buffer(128).unwrap();
+    let copy = [span(memory.ptr(), memory.ptr().offset(64), 64)];
+    let capture = engine.capture(|| {
+        std::thread::scope(|scope| {
+            let owner = scope.spawn(|| {
+                device.bind().unwrap();
+                let mut rig = Rig::new(&device, KERNEL);
+                rig.run(&copy).unwrap()
+            });
+            assert_eq!(owner.join().unwrap(), sum(&[0; 64]));
+        });
+    });
+    assert_eq!(capture, Ok(()), "the capture was invalidated");
+}
+
+#[test]
 fn spans_cost_no_allocation() {
     let device = device!();
     let mut rig = Rig::new(&device, CopierConfig { kernel_below: Some(512), ..KERNEL });
