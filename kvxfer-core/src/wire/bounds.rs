@@ -50,7 +50,7 @@ pub fn check_hello(hello: &Hello) -> Result<(), Error> {
 pub fn check(message: &Message) -> Result<(), Error> {
     match message {
         Message::Bye { reason, .. } => text("reason", reason),
-        Message::Attach { layout } => check_layout(layout),
+        Message::Attach { layout, .. } => check_layout(layout),
         Message::Offer { request, chunks, .. } | Message::Claim { request, chunks, .. } => {
             text("request", request)?;
             check_chunks(chunks)

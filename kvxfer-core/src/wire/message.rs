@@ -42,6 +42,18 @@ pub enum Purpose {
     Observe,
 }
 
+/// Where an engine keeps its KV.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Memory {
+    /// In the host's memory.
+    Host,
+    /// In a GPU's.
+    Cuda {
+        /// The GPU's UUID.
+        gpu: [u8; 16],
+    },
+}
+
 /// A chunk of a prompt, as it is offered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Chunk {
@@ -116,11 +128,13 @@ pub enum Message {
     },
 
     // ---- producer to consumer ---------------------------------------------------------------
-    /// Our geometry. First on a [`Purpose::Push`] link; answered by [`Message::Attached`], or by [`Message::Bye`] if
+    /// Our geometry, and where our engine keeps its KV. First on a [`Purpose::Push`] link; answered by [`Message::Attached`], or by [`Message::Bye`] if
     /// the consumer's differs.
     Attach {
         /// The producer's layout.
         layout: KvLayout,
+        /// What it is read from.
+        memory: Memory,
     },
     /// These chunks of this request can be had. From an observer to its producer: offer them to all consumers.
     Offer {

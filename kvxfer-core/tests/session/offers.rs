@@ -5,7 +5,7 @@ use kvxfer_core::session::ConsumerAction;
 use kvxfer_core::wire::Message;
 use kvxfer_core::{ErrorKind, LinkId, OfferId, SegmentId};
 
-use crate::rig::{A, B, Decode, chunks, config, layout, ms};
+use crate::rig::{A, B, Decode, attach, chunks, config, layout, ms};
 
 #[test]
 fn a_prompt_from_offer_to_load() {
@@ -25,12 +25,12 @@ fn a_prompt_from_offer_to_load() {
 fn a_producer_is_told_whether_the_layouts_fit() {
     let mut d = Decode::new(config(1, 4));
     d.consumer.producer_connected(d.now, LinkId(1), A);
-    let other = Message::Attach { layout: layout(1, 2) };
+    let other = attach(layout(1, 2));
     let error = d.consumer.received(d.now, LinkId(1), other).unwrap_err();
     assert!(error.kind() == ErrorKind::LayoutMismatch && error.lasting(), "{error}");
     assert_eq!(d.out(), [""; 0]);
     for _ in 0..2 {
-        assert_eq!(d.hear(1, Message::Attach { layout: layout(1, 1) }), ["1> attached"]);
+        assert_eq!(d.hear(1, attach(layout(1, 1))), ["1> attached"]);
     }
 }
 
@@ -72,7 +72,7 @@ fn what_can_never_fit_is_refused() {
     config.layout = layout(4, 1);
     let mut d = Decode::new(config);
     d.consumer.producer_connected(d.now, LinkId(1), A);
-    d.hear(1, Message::Attach { layout: layout(4, 1) });
+    d.hear(1, attach(layout(4, 1)));
     assert_eq!(d.offer(1, 7, "ab"), ["1> refused 7: 0 1"]);
     let lost = d.wait(ms(2000));
     assert!(lost.is_empty() && d.consumer.is_idle());
@@ -85,7 +85,7 @@ fn what_can_never_fit_says_which_pool_would_do() {
     config.layout = layout(4, 1);
     let mut d = Decode::new(config);
     d.consumer.producer_connected(d.now, LinkId(1), A);
-    let attach = Message::Attach { layout: layout(4, 1) };
+    let attach = attach(layout(4, 1));
     let offer = Message::Offer { offer: OfferId(7), request: "r".into(), chunks: chunks("a") };
     for message in [attach, offer] {
         d.consumer.received(d.now, LinkId(1), message).unwrap();
@@ -133,7 +133,7 @@ fn small_offers_overtake_one_that_cannot_be_served_so_often_and_no_more() {
     config.layout = layout(2, 1);
     let mut d = Decode::new(config);
     d.consumer.producer_connected(d.now, LinkId(1), A);
-    d.hear(1, Message::Attach { layout: layout(2, 1) });
+    d.hear(1, attach(layout(2, 1)));
     d.offer(1, 1, "x");
     assert_eq!(d.offer(1, 2, "y"), ["1> busy 2: 0 ahead"]);
     let mut served = 0;
@@ -231,6 +231,6 @@ fn repeated_messages_change_nothing() {
     d.release(5);
     assert_eq!(d.release(5), [""; 0]);
     assert_eq!(d.claim(5, "a"), [""; 0], "a claim that is over does not come back");
-    d.hear(1, Message::Attach { layout: layout(1, 1) });
+    d.hear(1, attach(layout(1, 1)));
     assert_eq!(d.pool().free, 3, "one chunk is still being written");
 }

@@ -181,6 +181,7 @@ fn without_consumers_nothing_is_held() {
         layout: crate::rig::layout(1, 1),
         consumers: 0,
         hold: ms(1000),
+        memory: kvxfer_core::wire::message::Memory::Host,
     };
     let producer = kvxfer_core::session::Producer::new(config).unwrap();
     let mut p = Prefill { producer, now: ms(0) };
@@ -215,4 +216,45 @@ fn the_scheduler_half_is_gone_and_what_was_not_computed_is_taken_back() {
     p.end();
     assert_eq!(p.down(0), ["1> withdraw 7: 1", "0> pushed 7: 1"]);
     assert_eq!(p.granted(1, 7, 0, 1), ["post 0 on 1: g1 layer 0"]);
+}
+
+#[test]
+fn blocks_that_are_written_to_again_are_read_no_more() {
+    let mut p = Prefill::new(1, 2);
+    p.offer(7, "abcd");
+    p.granted(1, 7, 0, 1);
+    p.granted(1, 7, 1, 2);
+    p.begin(7, 0, 3);
+    assert_eq!(p.layer(0), ["post 0 on 1: g1 layer 0", "post 1 on 1: g2 layer 0"]);
+    p.end();
+    p.posted(0);
+    p.posted(1);
+    // Of chunk 0 both layers are posted, of chunk 1 too; one post of the latter was not begun.
+    p.producer.void();
+    assert_eq!(p.out(), ["1> withdraw 7: 2", "0> pushed 7: 2"]);
+    assert_eq!(p.posted(2), ["1> commit g1", "0> pushed 7: 0"]);
+    assert_eq!(p.failed(3), ["1> abort g2", "0> pushed 7: 1"]);
+    // What comes later is not concerned.
+    p.begin(7, 3, 1);
+    p.end();
+    assert_eq!(p.granted(1, 7, 3, 4), ["post 4 on 1: g4 layer 0", "post 5 on 1: g4 layer 1"]);
+}
+
+#[test]
+fn a_chunk_of_which_a_layer_is_missing_is_given_up_with_its_blocks() {
+    let mut p = Prefill::new(1, 2);
+    p.offer(7, "a");
+    p.granted(1, 7, 0, 1);
+    p.begin(7, 0, 1);
+    p.layer(0);
+    p.producer.void();
+    assert_eq!(p.out(), [""; 0], "a write is under way");
+    assert_eq!(p.end(), [""; 0]);
+    assert_eq!(p.posted(0), ["1> abort g1", "0> pushed 7: 0"]);
+    // Named before it was offered: just as well.
+    p.begin(9, 0, 1);
+    p.producer.void();
+    p.end();
+    p.offer(9, "b");
+    assert_eq!(p.granted(1, 9, 0, 2), [""; 0]);
 }

@@ -11,7 +11,7 @@ use kvxfer_core::session::{
     ProducerConfig, PushRange,
 };
 use kvxfer_core::wire::Message;
-use kvxfer_core::wire::message::{Chunk, CommitOutcome, Granted};
+use kvxfer_core::wire::message::{Chunk, CommitOutcome, Granted, Memory};
 use kvxfer_core::{
     ChunkKey, ClaimId, ErrorKind, GrantId, Incarnation, LinkId, LoadId, OfferId, PostId, SegmentId,
 };
@@ -30,6 +30,10 @@ pub(crate) fn layout(pages: u32, layers: usize) -> KvLayout {
 
 pub(crate) fn ms(ms: u64) -> Duration {
     Duration::from_millis(ms)
+}
+
+pub(crate) fn attach(layout: KvLayout) -> Message {
+    Message::Attach { layout, memory: Memory::Host }
 }
 
 /// Chunks by name.
@@ -135,7 +139,7 @@ impl Decode {
 
     pub(crate) fn join(&mut self, link: u64, peer: Incarnation) -> Vec<String> {
         self.consumer.producer_connected(self.now, LinkId(link), peer);
-        let mut lines = self.hear(link, Message::Attach { layout: layout(1, 1) });
+        let mut lines = self.hear(link, attach(layout(1, 1)));
         lines.retain(|line| *line != format!("{link}> attached"));
         lines
     }
@@ -285,7 +289,12 @@ pub(crate) struct Prefill {
 impl Prefill {
     /// Of that many consumers and layers; the first consumer is connected on link 1.
     pub(crate) fn new(consumers: usize, layers: usize) -> Self {
-        let config = ProducerConfig { layout: layout(1, layers), consumers, hold: ms(1000) };
+        let config = ProducerConfig {
+            layout: layout(1, layers),
+            consumers,
+            hold: ms(1000),
+            memory: Memory::Host,
+        };
         let producer = Producer::new(config).unwrap();
         let mut prefill = Self { producer, now: ms(1000) };
         assert_eq!(prefill.join(0, 1, A), ["1> attach"]);

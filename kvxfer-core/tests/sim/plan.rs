@@ -149,6 +149,7 @@ impl Plan {
             layout: self.layout(rank),
             consumers: self.decodes,
             hold: Duration::from_millis(self.hold),
+            memory: kvxfer_core::wire::message::Memory::Host,
         }
     }
 

@@ -2,7 +2,7 @@
 
 use kvxfer_core::layout::{Group, KvLayout};
 use kvxfer_core::pool::Extent;
-use kvxfer_core::wire::message::{Chunk, ClaimStatus, CommitOutcome, Granted, Next};
+use kvxfer_core::wire::message::{Chunk, ClaimStatus, CommitOutcome, Granted, Memory, Next};
 use kvxfer_core::wire::{Hello, Message, Purpose};
 use kvxfer_core::{ChunkKey, ClaimId, GrantId, Incarnation, OfferId, SegmentId};
 use proptest::collection::{btree_map, vec};
@@ -99,7 +99,14 @@ pub(crate) fn message() -> impl Strategy<Value = Message> {
                 match kind {
                     0 => Message::Ping,
                     1 => Message::Bye { reason: text, lasting: flag },
-                    2 => Message::Attach { layout },
+                    2 => Message::Attach {
+                        layout,
+                        memory: if flag {
+                            Memory::Host
+                        } else {
+                            Memory::Cuda { gpu: [a as u8; 16] }
+                        },
+                    },
                     3 => Message::Offer { offer, request: text, chunks },
                     4 => Message::Withdraw { offer, chunks: indices },
                     5 => Message::Commit { grant, sums: longs },

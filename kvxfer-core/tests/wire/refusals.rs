@@ -3,7 +3,7 @@
 use kvxfer_core::layout::{Group, MAX_LAYERS};
 use kvxfer_core::pool::Extent;
 use kvxfer_core::wire::bounds::{self, MAX_CHUNKS, MAX_EXTENTS, MAX_FRAME, MAX_GRANTS, MAX_STRING};
-use kvxfer_core::wire::message::{Chunk, ClaimStatus, Granted, Next};
+use kvxfer_core::wire::message::{Chunk, ClaimStatus, Granted, Memory, Next};
 use kvxfer_core::wire::{Decoder, Frame, Hello, Message, encode, encode_hello, negotiate};
 use kvxfer_core::{ChunkKey, ClaimId, Error, ErrorKind, GrantId, OfferId, SegmentId};
 
@@ -131,7 +131,7 @@ fn values_out_of_bounds_are_neither_sent_nor_taken() {
             },
             "2 chunks ready of 1",
         ),
-        (Message::Attach { layout }, "not a multiple of 8"),
+        (Message::Attach { layout, memory: Memory::Host }, "not a multiple of 8"),
     ];
     for (message, says) in cases {
         let mut out = vec![7];
@@ -171,7 +171,7 @@ fn what_is_within_bounds_fits() {
         Message::Renew { grants: vec![GrantId(u64::MAX); MAX_CHUNKS] },
         Message::Refused { offer, chunks: chunks(), reason: request() },
         Message::Commit { grant: GrantId(u64::MAX), sums: vec![u64::MAX; MAX_LAYERS] },
-        Message::Attach { layout },
+        Message::Attach { layout, memory: Memory::Host },
         Message::Segment {
             segment: SegmentId(0),
             generation: 0,

@@ -2,7 +2,7 @@
 
 use kvxfer_core::layout::{Group, KvLayout};
 use kvxfer_core::pool::Extent;
-use kvxfer_core::wire::message::{Chunk, ClaimStatus, CommitOutcome, Granted, Next};
+use kvxfer_core::wire::message::{Chunk, ClaimStatus, CommitOutcome, Granted, Memory, Next};
 use kvxfer_core::wire::{Hello, Message, Purpose};
 use kvxfer_core::{ChunkKey, ClaimId, GrantId, Incarnation, OfferId, SegmentId};
 
@@ -43,7 +43,7 @@ pub(crate) fn messages() -> Vec<Message> {
     vec![
         Message::Ping,
         Message::Bye { reason: "closing".into(), lasting: true },
-        Message::Attach { layout: layout() },
+        Message::Attach { layout: layout(), memory: Memory::Cuda { gpu: [0xD0; 16] } },
         Message::Offer { offer, request: "req-1".into(), chunks: prompt.clone() },
         Message::Withdraw { offer, chunks: vec![0, 300] },
         Message::Commit { grant, sums: vec![1, u64::MAX] },

@@ -15,6 +15,7 @@ use crossbeam_channel::Receiver;
 use kvxfer_core::pool::Geometry;
 use kvxfer_core::session::{Consumer, ConsumerConfig, LoadRequest, Producer, ProducerConfig};
 use kvxfer_core::transport::{PROBE_BYTES, Transport};
+use kvxfer_core::wire::message::Memory;
 use kvxfer_core::wire::{self, Hello, Purpose};
 use kvxfer_core::{BlockId, ErrorKind, Incarnation, LinkId, Result, Time, key};
 
@@ -91,6 +92,7 @@ impl Progress {
                 layout: config.layout.clone(),
                 consumers: config.peers.len(),
                 hold: config.hold,
+                memory: Memory::Host,
             })
         });
         let hello = Hello {

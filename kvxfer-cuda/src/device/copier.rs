@@ -22,6 +22,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use kvxfer_core::{Error, ErrorKind, Result};
+use parking_lot::Mutex;
 
 use super::calibrate;
 use super::kernels::Kernels;
@@ -29,7 +30,7 @@ use super::queue::Queue;
 use super::slots::Slot;
 use super::table::{Limits, SLICE};
 use super::waiter::{Observed, Waiter};
-use crate::driver::{CudaError, Device, DevicePtr, Event, Priority, Stream};
+use crate::driver::{CudaError, Device, DevicePtr, EngineStream, Event, Priority, Stream};
 use crate::planted::{Bug, planted};
 
 /// Launches under way at most.
@@ -93,6 +94,28 @@ impl Default for CopierConfig {
     }
 }
 
+/// Where an engine's thread, which is about to write to memory that copies read, meets the copier's owner:
+/// between the two a copy is either started, and waited for by the engine's stream, or not, and then never.
+#[derive(Debug, Default)]
+pub struct Gate {
+    /// How often it was shut. Held while copies are started.
+    shut: Mutex<u64>,
+}
+
+impl Gate {
+    /// Makes a stream wait for all that `launched` lies behind, and lets nothing start that is submitted
+    /// until now; [`Copier::void`] is to be called with the number that is returned. Waits for no copy.
+    ///
+    /// # Errors
+    /// `Capturing`, or the driver's: nothing is shut.
+    pub fn shut(&self, stream: &EngineStream, launched: &Event) -> Result<u64> {
+        let mut shut = self.shut.lock();
+        stream.wait(launched)?;
+        *shut += 1;
+        Ok(*shut)
+    }
+}
+
 /// Copies on one GPU, asynchronous and summed. Owned by one thread, which no call but
 /// [`Copier::drain`] and the drop blocks. That thread [binds](Device::bind) itself to the device, or a graph
 /// that the engine captures meanwhile is spoilt.
@@ -117,6 +140,9 @@ pub struct Copier {
     sms: u32,
     kernel_below: u64,
     broken: Option<CudaError>,
+    gate: Arc<Gate>,
+    /// How often the gate was shut as far as we know.
+    shut: u64,
     /// What is under way was waited for in vain.
     overdue: bool,
     /// The end of a launch could not be observed.
@@ -153,6 +179,8 @@ impl Copier {
             sms: config.sms,
             kernel_below,
             broken: None,
+            gate: Arc::default(),
+            shut: 0,
             overdue: false,
             untracked: false,
             stream,
@@ -213,6 +241,19 @@ impl Copier {
         &self.launched
     }
 
+    /// The gate of this copier, for the engine's threads.
+    pub fn gate(&self) -> &Arc<Gate> {
+        &self.gate
+    }
+
+    /// What was submitted and not started is given up: its memory is to be written to again. `shut` is the
+    /// number that [`Gate::shut`] returned; nothing is started from then on until this is called.
+    pub fn void(&mut self, shut: u64) {
+        self.shut = shut;
+        let error = ErrorKind::Closed.error("the engine uses the memory for something else");
+        self.queue.give_up(&error);
+    }
+
     /// Spans of so many bytes and more go to the copy engines.
     pub fn kernel_below(&self) -> u64 {
         self.kernel_below
@@ -268,7 +309,9 @@ impl Copier {
 
     /// Puts the next spans on the stream. Whether there were any.
     fn launch(&mut self) -> bool {
-        if self.broken.is_some() {
+        let gate = Arc::clone(&self.gate);
+        let shut = gate.shut.lock();
+        if self.broken.is_some() || *shut != self.shut {
             return false;
         }
         while let Some(event) = self.queue.wait() {

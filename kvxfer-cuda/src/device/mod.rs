@@ -16,6 +16,6 @@ mod slots;
 mod table;
 mod waiter;
 
-pub use copier::{Copier, CopierConfig, Done, Span, Summed};
+pub use copier::{Copier, CopierConfig, Done, Gate, Span, Summed};
 pub use pool::{DevicePool, Fresh};
 pub use regions::DeviceRegions;

@@ -242,7 +242,7 @@ impl Consumer {
         let peer = state.peer;
         match (&mut state.kind, message) {
             (_, Message::Ping | Message::Bye { .. }) => {}
-            (LinkKind::Producer { attached, .. }, Message::Attach { layout }) => {
+            (LinkKind::Producer { attached, .. }, Message::Attach { layout, .. }) => {
                 self.config.layout.compatible_with(&layout)?;
                 let first = !std::mem::replace(attached, true);
                 self.send(link, Message::Attached);

@@ -25,7 +25,7 @@ use super::timers::Timers;
 use crate::layout::KvLayout;
 use crate::pool::Extent;
 use crate::wire::Message;
-use crate::wire::message::{Chunk, CommitOutcome};
+use crate::wire::message::{Chunk, CommitOutcome, Memory};
 use crate::{BlockId, ChunkKey, GrantId, Incarnation, LinkId, OfferId, PostId, Result, Time};
 
 pub use steps::PushRange;
@@ -40,6 +40,8 @@ pub struct ProducerConfig {
     pub consumers: usize,
     /// How long the engine's blocks are held for a consumer that has no room (or is not there).
     pub hold: Duration,
+    /// Where the engine keeps its KV.
+    pub memory: Memory,
 }
 
 /// What a producer wants done, in this order.
@@ -210,7 +212,8 @@ impl Producer {
     pub fn consumer_connected(&mut self, index: usize, link: LinkId, peer: Incarnation) {
         self.consumer_gone(index);
         self.consumers[index].link = Some((link, peer));
-        self.send(link, Message::Attach { layout: self.config.layout.clone() });
+        let (layout, memory) = (self.config.layout.clone(), self.config.memory);
+        self.send(link, Message::Attach { layout, memory });
         // Also those of requests that have ended meanwhile, if their blocks are still held.
         let waiting: Vec<OfferId> = self
             .offers

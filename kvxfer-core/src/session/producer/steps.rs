@@ -198,6 +198,34 @@ impl Producer {
         self.settle();
     }
 
+    /// The engine writes again to the blocks that it named by now: nothing more is read of them. A chunk that is
+    /// posted as a whole ends as its posts do; the others are given up.
+    pub fn void(&mut self) {
+        self.step.open = false;
+        self.step.chunks.clear();
+        self.step.early.clear();
+        let offers: Vec<OfferId> = self.offers.keys().copied().collect();
+        for id in offers {
+            for index in 0..self.consumers.len() {
+                let Some(offer) = self.offers.get(&id) else { continue };
+                let gone: Vec<bool> = offer
+                    .sources
+                    .iter()
+                    .zip(&offer.pushes[index])
+                    .map(|(source, push)| {
+                        let whole = matches!(push, Push::Granted(writing) if writing.left == 0);
+                        source.is_held() && !whole
+                    })
+                    .collect();
+                self.withdraw_chunks(index, id, |chunk| gone[chunk]);
+            }
+            if let Some(offer) = self.offers.get_mut(&id) {
+                offer.sources.fill(Source::default());
+            }
+        }
+        self.settle();
+    }
+
     /// Posts every layer of a chunk that can be read and has not been posted.
     pub(super) fn post_ready(&mut self, index: usize, offer: OfferId, chunk: u32) {
         for layer in 0..self.step.layers.len() as u32 {
