@@ -32,6 +32,16 @@ impl Role {
     }
 }
 
+/// Where an engine keeps its KV, and a consumer its pool.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Memory {
+    /// In the host's memory.
+    #[default]
+    Host,
+    /// On the GPU of that ordinal, as this process counts.
+    Device(u32),
+}
+
 /// An agent's configuration.
 #[derive(Clone, Debug)]
 pub struct AgentConfig {
@@ -47,6 +57,8 @@ pub struct AgentConfig {
     pub peers: Vec<Address>,
     /// Folder for Unix sockets; both sides of a host share it. Created with mode 0700.
     pub socket_dir: PathBuf,
+    /// Where the KV is, on both sides of a link the same.
+    pub memory: Memory,
     /// Consumer: bytes of the pool.
     pub buffer_size: u64,
     /// Consumer: into how many segments the pool is cut. One producer writes to a segment at a time.
@@ -101,6 +113,7 @@ impl AgentConfig {
             listen: None,
             peers: Vec::new(),
             socket_dir: default_socket_dir(),
+            memory: Memory::Host,
             buffer_size: 1 << 30,
             segments: 8,
             gc: GcConfig {
@@ -146,10 +159,20 @@ impl AgentConfig {
                 return Err(self.segments_too_small());
             }
         }
+        let paths: &[&str] = match self.memory {
+            Memory::Host => &["local", "shm"],
+            Memory::Device(_) => &["cuda_ipc"],
+        };
         match self.require_path.as_deref() {
-            None | Some("local" | "shm") => Ok(()),
-            Some(path) => Err(config(format!("require_path names {path:?}, which is no path"))
-                .fix("use local or shm")),
+            Some(path) if !paths.contains(&path) => Err(config(format!(
+                "require_path names {path:?}, which is no path of KV in {} memory",
+                if self.memory == Memory::Host { "host" } else { "GPU" }
+            ))
+            .fix(format!(
+                "use {}, or set kv_buffer_device to where the KV is",
+                paths.join(" or ")
+            ))),
+            _ => Ok(()),
         }
     }
 

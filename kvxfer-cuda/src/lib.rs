@@ -19,6 +19,6 @@ pub mod transport;
 pub use agent::{Agent, AgentStats, KvLayer, Loaded};
 #[cfg(feature = "faults")]
 pub use config::Fault;
-pub use config::{AgentConfig, Role, default_socket_dir};
+pub use config::{AgentConfig, Memory, Role, default_socket_dir};
 pub use control::Address;
 pub use observer::ObserverHandle;

@@ -4,17 +4,15 @@ use std::os::fd::AsFd;
 
 use kvxfer_core::pool::Extent;
 use kvxfer_core::session::{ConsumerAction, Producer, ProducerAction};
-use kvxfer_core::transport::PROBE_BYTES;
 use kvxfer_core::wire::Message;
-use kvxfer_core::{Error, ErrorKind, LinkId, LoadId, Result, SegmentId, Time};
+use kvxfer_core::{LinkId, LoadId, Result, SegmentId, Time};
 
 use super::Loaded;
 use super::links::Kind;
 use super::loads::Job;
 use super::progress::Progress;
 use super::push::{Layer, News};
-use crate::copy::sum_of;
-use crate::transport::shm;
+use super::store::{Check, Ended};
 
 impl Progress {
     pub(super) fn perform(&mut self, now: Time) {
@@ -47,10 +45,8 @@ impl Progress {
                 }
             }
             ConsumerAction::Verify { link, segment, probe, sum } => {
-                let result = self.verify(link, segment, probe, sum);
-                if let Some(consuming) = &mut self.consuming {
-                    consuming.session.verified(now, link, segment, probe, result);
-                }
+                self.verify(link, segment, probe, sum);
+                self.end(now);
             }
             ConsumerAction::Copy { load, chunk, key, grant, tokens, extents, sums } => {
                 #[cfg(feature = "faults")]
@@ -98,20 +94,16 @@ impl Progress {
         generation: u32,
         probe: u64,
     ) -> Result<()> {
-        let Some(consuming) = &self.consuming else { return Ok(()) };
-        let Some(Kind::Producer(path)) = self.links.get(&link).map(|link| &link.kind) else {
-            return Ok(());
-        };
-        let handle = match *path {
-            "local" => self.local.export(&consuming.pool, segment)?,
-            _ => shm::export(&consuming.pool, segment)?,
-        };
+        let Some(consuming) = &mut self.consuming else { return Ok(()) };
+        let Some(to) = self.links.get(&link) else { return Ok(()) };
+        let Kind::Producer(path) = to.kind else { return Ok(()) };
+        let handle = consuming.store.export(path, &self.local, segment, to.peer)?;
         let message = Message::Segment {
             segment,
             generation,
             bytes: handle.bytes,
             probe,
-            transport: (*path).into(),
+            transport: path.into(),
             blob: handle.blob,
         };
         let fds: Vec<_> = handle.fds.iter().map(AsFd::as_fd).collect();
@@ -119,17 +111,27 @@ impl Progress {
     }
 
     /// Whether a producer's probe lies where it says.
-    fn verify(&self, link: LinkId, segment: SegmentId, probe: u64, sum: u64) -> Result<()> {
-        let Some(consuming) = &self.consuming else { return Ok(()) };
+    fn verify(&mut self, link: LinkId, segment: SegmentId, probe: u64, sum: u64) {
         let Some(Kind::Producer(path)) = self.links.get(&link).map(|link| &link.kind) else {
-            return Ok(());
+            return;
         };
-        let bytes = consuming.pool.segment_bytes();
-        let at = consuming.pool.segment(segment)?.at(bytes - PROBE_BYTES, PROBE_BYTES)?;
-        // SAFETY: `at` checked the range.
-        match unsafe { sum_of(at, PROBE_BYTES as usize, probe, 0) } == sum {
-            true => Ok(()),
-            false => Err(not_arriving(path, segment)),
+        if let Some(consuming) = &mut self.consuming {
+            let check = Check { link, segment, probe, sum, path };
+            consuming.store.verify(check, &mut self.ended);
+        }
+    }
+
+    /// What the pool's bytes have done.
+    pub(super) fn end(&mut self, now: Time) {
+        let Some(consuming) = &mut self.consuming else { return };
+        for ended in self.ended.drain(..) {
+            match ended {
+                Ended::Copied(copied) => consuming.session.copied(now, copied),
+                Ended::Verified { link, segment, probe, result } => {
+                    consuming.session.verified(now, link, segment, probe, result);
+                }
+                Ended::Replaced(segment) => consuming.session.replaced(now, segment),
+            }
         }
     }
 
@@ -150,22 +152,16 @@ impl Progress {
             .iter()
             .map(|extent| (u64::from(extent.page) * page, u64::from(extent.pages) * page))
             .collect();
-        match consuming.pool.replace(segment, &live) {
-            Ok(_) => consuming.session.replaced(now, segment),
+        match consuming.store.replace(segment, &live, &mut self.ended) {
+            Ok(()) => self.end(now),
             // The pages stay quarantined: less room, nothing wrong.
             Err(error) => tracing::error!(%error, %segment, "cannot replace a segment's memory"),
         }
     }
 
     pub(super) fn loaded(&mut self, load: LoadId, result: Result<()>) {
-        let mut paths: Vec<&str> = self
-            .links
-            .values()
-            .filter_map(|link| match link.kind {
-                Kind::Producer(path) => Some(path),
-                _ => None,
-            })
-            .collect();
+        let mut paths: Vec<String> =
+            self.links.values().filter_map(super::links::Link::path).collect();
         paths.sort_unstable();
         paths.dedup();
         let path = paths.join(",");
@@ -178,27 +174,12 @@ impl Progress {
 
     #[cfg(feature = "faults")]
     pub(super) fn flip(&mut self, extents: &[Extent]) {
-        let Some(consuming) = &self.consuming else { return };
+        let Some(consuming) = &mut self.consuming else { return };
         if self.config.fault != Some(crate::config::Fault::FlipAfterCommit) {
             return;
         }
-        let Some(extent) = extents.first() else { return };
-        let offset = u64::from(extent.page) * self.config.layout.page_bytes();
-        if let Ok(byte) = consuming.pool.segment(extent.segment).and_then(|map| map.at(offset, 1)) {
-            // SAFETY: `at` checked the range. That the byte is another one then is the purpose.
-            unsafe { *byte ^= 1 };
+        if let Some(extent) = extents.first() {
+            consuming.store.flip(extent, self.config.layout.page_bytes());
         }
-    }
-}
-
-fn not_arriving(path: &str, segment: SegmentId) -> Error {
-    let error = ErrorKind::NoPath
-        .error(format!("what the producer writes to segment {segment} by {path} does not arrive"));
-    match path {
-        "local" | "shm" => error.fix("memory is not shared as it should be: report this"),
-        _ => error.fix(
-            "an IOMMU or PCIe access control drops writes between the GPUs: turn them off (iommu=pt, ACS), or \
-             use host memory",
-        ),
     }
 }

@@ -3,6 +3,7 @@
 use std::os::fd::OwnedFd;
 
 use kvxfer_core::transport::SegmentHandle;
+use kvxfer_core::wire::message::Memory;
 use kvxfer_core::wire::{Hello, Message, Purpose};
 use kvxfer_core::{Error, ErrorKind, Incarnation, LinkId, Result, Time};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -11,7 +12,14 @@ use super::closed;
 use super::progress::Progress;
 use super::push::Shown;
 use crate::control::{Event, Redial};
+use crate::driver::{PeerLink, Uuid};
+use crate::transport::cuda_ipc;
 use crate::transport::local::Local;
+
+/// Whether the death of a process ends what its copies write to GPU memory of ours. The driver is said to stop them
+/// when it tears the context down, but that it has done so when the process is gone was not shown on hardware; and
+/// with MPS it is not even that process's context. So a dead writer's memory is replaced.
+const GPU_DEATH_FENCES: bool = false;
 
 /// Who is at the other end of a link.
 pub(super) struct Link {
@@ -21,6 +29,8 @@ pub(super) struct Link {
     /// Whether both sides want it: a consumer has seen the producer's layout and said so. Before, nobody is told
     /// of it.
     joined: bool,
+    /// Which way the path takes, where there are several.
+    lanes: Option<String>,
     pidfd: Option<OwnedFd>,
 }
 
@@ -80,6 +90,7 @@ impl Progress {
             (Purpose::Push, None) => {
                 let consuming = self.consuming.as_mut().ok_or_else(|| wrong_role("take a push"))?;
                 let path = choose_path(
+                    self.device.is_some(),
                     self.config.require_path.as_deref(),
                     incarnation,
                     can_pass_fds,
@@ -99,7 +110,7 @@ impl Progress {
             }
         };
         let joined = matches!(kind, Kind::Observer);
-        self.links.insert(link, Link { peer: incarnation, name, kind, joined, pidfd });
+        self.links.insert(link, Link { peer: incarnation, name, kind, joined, lanes: None, pidfd });
         Ok(())
     }
 
@@ -110,7 +121,10 @@ impl Progress {
         let (peer, name) = (link.peer, &link.name);
         match link.kind {
             Kind::Consumer => tracing::info!(%peer, name, "connected to a consumer"),
-            Kind::Producer(path) => tracing::info!(%peer, name, path, "a producer connected"),
+            Kind::Producer(_) => {
+                let path = link.path().unwrap_or_default();
+                tracing::info!(%peer, name, path, "a producer connected");
+            }
             Kind::Observer => {}
         }
         self.tell_peers();
@@ -157,16 +171,41 @@ impl Progress {
                 }
             }
             (Kind::Producer(_), message) => {
+                let memory = match message {
+                    Message::Attach { memory, .. } => Some(memory),
+                    _ => None,
+                };
+                let lanes = memory.map(|memory| self.lanes(memory)).transpose()?;
                 let Some(consuming) = &mut self.consuming else { return Ok(()) };
-                let attaches = matches!(message, Message::Attach { .. });
                 consuming.session.received(now, id, message)?;
-                if attaches {
+                if let (Some(lanes), Some(link)) = (lanes, self.links.get_mut(&id)) {
+                    link.lanes = lanes;
                     self.joined(id);
                 }
                 Ok(())
             }
             (Kind::Observer, message) => self.received_from_observer(now, id, message),
         }
+    }
+
+    /// Which way KV comes from a producer's memory; `None` where there is one only.
+    ///
+    /// # Errors
+    /// `NoPath`: it doesn't.
+    fn lanes(&self, theirs: Memory) -> Result<Option<String>> {
+        let (here, there) = match (&self.device, theirs) {
+            (None, Memory::Host) => return Ok(None),
+            (Some(device), Memory::Cuda { gpu }) => {
+                // It is the producer that has to reach us, and it says so when it can't.
+                let link = device.link_to(Uuid(gpu))?;
+                return Ok((!matches!(link, PeerLink::None { .. })).then(|| link.to_string()));
+            }
+            (None, Memory::Cuda { .. }) => ("host", "GPU"),
+            (Some(_), Memory::Host) => ("GPU", "host"),
+        };
+        Err(ErrorKind::NoPath
+            .error(format!("the pool is in {here} memory, and the producer's KV in {there} memory"))
+            .fix("set kv_buffer_device to the same on both sides"))
     }
 
     pub(super) fn received_from_observer(
@@ -219,12 +258,16 @@ impl Progress {
     pub(super) fn find_dead(&mut self, now: Time) {
         let Some(consuming) = &mut self.consuming else { return };
         let connected = |peer: Incarnation| self.links.values().any(|link| link.peer == peer);
+        let fences = consuming.store.moves_now() || GPU_DEATH_FENCES;
         self.orphans.retain(|(peer, pidfd)| {
             if connected(*peer) || !consuming.session.is_writer(*peer) {
                 return false;
             }
             let dead = has_ended(pidfd);
             if dead {
+                consuming.store.dead(*peer);
+            }
+            if dead && fences {
                 consuming.session.writer_dead(now, *peer);
             }
             !dead
@@ -233,6 +276,15 @@ impl Progress {
 }
 
 impl Link {
+    /// The path by which a producer's bytes come, for people.
+    pub(super) fn path(&self) -> Option<String> {
+        let Kind::Producer(path) = self.kind else { return None };
+        Some(match &self.lanes {
+            None => path.into(),
+            Some(lanes) => format!("{path} ({lanes})"),
+        })
+    }
+
     /// One line a link that ended, and of those that both sides wanted one more when they began: a peer that is
     /// refused each time it comes is no more than one line each time.
     fn say_ended(&self, error: &Error, redial: Option<Redial>) {
@@ -260,17 +312,19 @@ fn say_unreachable(consumer: &str, error: &Error, redial: Redial) {
     }
 }
 
-/// The path on which a producer's bytes come. `local` beats `shm`; there is no third yet.
+/// The path on which a producer's bytes come: `cuda_ipc` into GPU memory; into host memory `local` beats `shm`.
 pub(super) fn choose_path(
+    gpu: bool,
     required: Option<&str>,
     peer: Incarnation,
     can_pass_fds: bool,
     why_not_unix: Option<String>,
 ) -> Result<&'static str> {
-    let path = match (Local::reaches(peer), can_pass_fds) {
-        (true, _) => "local",
-        (false, true) => "shm",
-        (false, false) => {
+    let path = match (gpu, Local::reaches(peer), can_pass_fds) {
+        (true, _, true) => cuda_ipc::NAME,
+        (false, true, _) => "local",
+        (false, false, true) => "shm",
+        (_, _, false) => {
             let why = why_not_unix.unwrap_or_else(|| "the link is not a Unix socket".into());
             return Err(ErrorKind::NoPath.error(format!("no path to this producer: {why}")));
         }

@@ -8,11 +8,13 @@
 //! under it.
 
 mod actions;
+mod gpu;
 mod links;
 mod loads;
 mod progress;
 mod push;
 mod register;
+mod store;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -25,8 +27,10 @@ use kvxfer_core::session::{ConsumerStats, LoadRequest, ProducerStats, PushRange}
 use kvxfer_core::{BlockId, Error, ErrorKind, Incarnation, LoadId, Result};
 use parking_lot::{Condvar, Mutex};
 
-use crate::config::AgentConfig;
+use crate::config::{AgentConfig, Memory};
 use crate::control::{Address, Waker};
+use crate::driver::{self, Device, EngineStream, Event};
+use gpu::{Gpu, ReadGate};
 
 /// Commands that wait for the progress thread, at most.
 const COMMANDS: usize = 1 << 14;
@@ -87,11 +91,14 @@ pub struct AgentStats {
 }
 
 enum Command {
-    Register(Vec<KvLayer>, Sender<Result<()>>),
+    Register(Vec<KvLayer>, Sender<Result<Option<ReadGate>>>),
     BeginStep(Vec<PushRange>),
-    LayerReady(u32),
-    EndStep,
-    Load(LoadRequest, Vec<Vec<BlockId>>),
+    /// With the event of the engine's stream behind which that is so, for KV on a GPU.
+    LayerReady(u32, Option<Arc<Event>>),
+    EndStep(Option<Arc<Event>>),
+    Load(LoadRequest, Vec<Vec<BlockId>>, Option<Arc<Event>>),
+    /// Of [`crate::device::Gate::shut`].
+    Void(u64),
     Stats(Sender<AgentStats>),
     Close,
 }
@@ -142,6 +149,7 @@ pub struct Agent {
     addresses: Vec<Address>,
     layout: Arc<kvxfer_core::layout::KvLayout>,
     peers: usize,
+    gpu: Option<Gpu>,
 }
 
 impl std::fmt::Debug for Command {
@@ -149,9 +157,10 @@ impl std::fmt::Debug for Command {
         f.write_str(match self {
             Self::Register(..) => "Register",
             Self::BeginStep(_) => "BeginStep",
-            Self::LayerReady(_) => "LayerReady",
-            Self::EndStep => "EndStep",
+            Self::LayerReady(..) => "LayerReady",
+            Self::EndStep(_) => "EndStep",
             Self::Load(..) => "Load",
+            Self::Void(_) => "Void",
             Self::Stats(_) => "Stats",
             Self::Close => "Close",
         })
@@ -171,7 +180,12 @@ impl Agent {
         let shared = Arc::new(Shared::default());
         let layout = Arc::new(config.layout.clone());
         let peers = if config.role.produces() { config.peers.len() } else { 0 };
-        let progress = progress::Progress::new(config, Arc::clone(&shared), inbox)?;
+        let device = match config.memory {
+            Memory::Host => None,
+            Memory::Device(ordinal) => Some(Device::open(driver::cuda()?, ordinal)?),
+        };
+        let gpu = device.clone().map(Gpu::new).transpose()?;
+        let progress = progress::Progress::new(config, Arc::clone(&shared), inbox, device)?;
         let (incarnation, waker) = (progress.incarnation(), progress.waker());
         let addresses = progress.addresses().to_vec();
         let stopped = Arc::clone(&shared);
@@ -185,7 +199,18 @@ impl Agent {
             })
             .map_err(|error| ErrorKind::Io.error(format!("no thread for the agent: {error}")))?;
         let thread = Mutex::new(Some(thread));
-        Ok(Self { commands, waker, shared, thread, ended, incarnation, addresses, layout, peers })
+        Ok(Self {
+            commands,
+            waker,
+            shared,
+            thread,
+            ended,
+            incarnation,
+            addresses,
+            layout,
+            peers,
+            gpu,
+        })
     }
 
     /// This agent's life.
@@ -228,7 +253,40 @@ impl Agent {
     /// `blocks * stride` bytes from each address stay readable, and for a consumer writable, until
     /// [`Agent::close`] has returned. A consumer's loads write to blocks that nobody else uses meanwhile.
     pub unsafe fn register(&self, layers: Vec<KvLayer>) -> Result<()> {
-        self.ask(|reply| Command::Register(layers, reply))?
+        let gate = self.ask(|reply| Command::Register(layers, reply))??;
+        if let Some(gpu) = &self.gpu {
+            gpu.registered(gate);
+        }
+        Ok(())
+    }
+
+    /// A stream of the engine's, for the calls that take one: a `CUstream`, as torch's `cuda_stream` has it.
+    ///
+    /// # Errors
+    /// `Config`: this agent's memory is the host's.
+    ///
+    /// # Safety
+    /// It is a stream of this agent's GPU, of its primary context, and lives as long as what is returned is used.
+    pub unsafe fn engine_stream(&self, handle: u64) -> Result<EngineStream> {
+        // SAFETY: the caller's promise.
+        self.gpu().map(|gpu| unsafe { EngineStream::from_raw(gpu.device(), handle) })
+    }
+
+    fn gpu(&self) -> Result<&Gpu> {
+        self.gpu.as_ref().ok_or_else(|| {
+            ErrorKind::Config
+                .error("this agent's memory is the host's, which no stream writes to")
+                .fix("start the agent with the GPU's memory, or call without a stream")
+        })
+    }
+
+    fn on_host(&self) -> Result<()> {
+        match self.gpu {
+            None => Ok(()),
+            Some(_) => Err(ErrorKind::Config
+                .error("KV on a GPU is there when a stream has written it")
+                .fix("pass the stream")),
+        }
     }
 
     /// A step of the engine begins that completes these chunks. Reading them starts layer by layer.
@@ -239,29 +297,79 @@ impl Agent {
         self.command(Command::BeginStep(ranges))
     }
 
-    /// The step has written its KV of this layer (flat index).
+    /// The step has written its KV of this layer (flat index), in host memory.
     ///
     /// # Errors
-    /// As [`Agent::begin_step`].
+    /// As [`Agent::begin_step`]; `Config` when the KV is on a GPU.
     pub fn layer_ready(&self, layer: u32) -> Result<()> {
-        self.command(Command::LayerReady(layer))
+        self.on_host()?;
+        self.command(Command::LayerReady(layer, None))
     }
 
-    /// The step has written all its KV.
+    /// The step's KV of this layer (flat index) is written when all that is in `stream` now is done. Does not wait
+    /// for that.
     ///
     /// # Errors
-    /// As [`Agent::begin_step`].
+    /// As [`Agent::begin_step`]; `Device` while the stream is captured into a graph; `Config` when the KV is in host
+    /// memory.
+    pub fn layer_ready_on(&self, layer: u32, stream: &EngineStream) -> Result<()> {
+        let event = self.gpu()?.record(stream)?;
+        self.command(Command::LayerReady(layer, Some(event)))
+    }
+
+    /// The step has written all its KV, in host memory.
+    ///
+    /// # Errors
+    /// As [`Agent::layer_ready`].
     pub fn end_step(&self) -> Result<()> {
-        self.command(Command::EndStep)
+        self.on_host()?;
+        self.command(Command::EndStep(None))
+    }
+
+    /// The step's KV is written when all that is in `stream` now is done. Does not wait for that.
+    ///
+    /// # Errors
+    /// As [`Agent::layer_ready_on`].
+    pub fn end_step_on(&self, stream: &EngineStream) -> Result<()> {
+        let event = self.gpu()?.record(stream)?;
+        self.command(Command::EndStep(Some(event)))
+    }
+
+    /// The engine is about to write, in `stream`, to blocks that it named in steps by now, without having heard that
+    /// they are not read any more: the stream waits for the reads that have begun, and no other begins. Chunks of
+    /// which something had not begun are not committed. Waits for no copy.
+    ///
+    /// # Errors
+    /// As [`Agent::layer_ready_on`]; then blocks may still be read.
+    pub fn reads_done_on(&self, stream: &EngineStream) -> Result<()> {
+        match self.gpu()?.reads_done(stream)? {
+            Some(shut) => self.command(Command::Void(shut)),
+            None => Ok(()),
+        }
     }
 
     /// Loads chunks of a claim into the engine's blocks: for each group, the blocks of all those chunks,
     /// [`NO_BLOCK`](kvxfer_core::NO_BLOCK) for one that is not to be loaded. Ends in exactly one [`Loaded`].
     ///
     /// # Errors
-    /// As [`Agent::begin_step`]; then nothing will be reported.
+    /// As [`Agent::layer_ready`]; then nothing will be reported.
     pub fn load(&self, request: LoadRequest, blocks: Vec<Vec<BlockId>>) -> Result<()> {
-        self.command(Command::Load(request, blocks))
+        self.on_host()?;
+        self.command(Command::Load(request, blocks, None))
+    }
+
+    /// [`Agent::load`] into blocks on a GPU, which begins when all that is in `stream` now is done.
+    ///
+    /// # Errors
+    /// As [`Agent::layer_ready_on`]; then nothing will be reported.
+    pub fn load_on(
+        &self,
+        request: LoadRequest,
+        blocks: Vec<Vec<BlockId>>,
+        stream: &EngineStream,
+    ) -> Result<()> {
+        let event = self.gpu()?.record(stream)?;
+        self.command(Command::Load(request, blocks, Some(event)))
     }
 
     /// Appends the loads that ended since the last call.

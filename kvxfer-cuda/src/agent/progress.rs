@@ -14,27 +14,31 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::Receiver;
 use kvxfer_core::pool::Geometry;
 use kvxfer_core::session::{Consumer, ConsumerConfig, LoadRequest, Producer, ProducerConfig};
-use kvxfer_core::transport::{PROBE_BYTES, Transport};
+use kvxfer_core::transport::PROBE_BYTES;
 use kvxfer_core::wire::message::Memory;
 use kvxfer_core::wire::{self, Hello, Purpose};
 use kvxfer_core::{BlockId, ErrorKind, Incarnation, LinkId, Result, Time, key};
 
+use super::gpu::ReadGate;
 use super::links::{Link, wrong_role};
 use super::loads::Loads;
-use super::push::{News, Pushes};
-use super::register::{Registered, register};
+use super::push::{News, Pushes, Way};
+use super::register::{EngineMemory, Registered, register};
+use super::store::{DeviceStore, Ended, HostStore, Store};
 use super::{AgentStats, Command, KvLayer, Shared, closed};
 use crate::config::{AgentConfig, Role};
 use crate::control::{Address, Control, ControlConfig, Event, Limits, Throttle, Waker};
+use crate::device::{Copier, CopierConfig, DevicePool, Summed};
+use crate::driver::{Device, Event as DeviceEvent};
 use crate::identity;
 use crate::memory::HostPool;
 use crate::transport::local::LocalExports;
+use crate::transport::{CudaIpc, Local, Shm};
 #[cfg(feature = "faults")]
 use crate::transport::{
     Fault,
     fault::{Act, Faults},
 };
-use crate::transport::{Local, Shm};
 
 /// Bytes moved between two looks at the sockets: about a millisecond's.
 const BUDGET: u64 = 4 << 20;
@@ -47,7 +51,7 @@ const DRAIN_POLL: Duration = Duration::from_millis(1);
 /// What a consumer has beside its state machine.
 pub(super) struct Consuming {
     pub(super) session: Consumer,
-    pub(super) pool: HostPool,
+    pub(super) store: Store,
 }
 
 pub(super) struct Progress {
@@ -68,6 +72,10 @@ pub(super) struct Progress {
     /// Both from [`Command::Register`] on.
     pub(super) pushes: Option<Pushes>,
     pub(super) loads: Option<Loads>,
+    /// Where the KV is, if not in host memory.
+    pub(super) device: Option<Device>,
+    /// Heard by the next [`Progress::end`].
+    pub(super) ended: Vec<Ended>,
     /// Told by the next [`Progress::tell`].
     pub(super) news: Vec<News>,
     pub(super) closing: bool,
@@ -80,19 +88,24 @@ impl Progress {
         config: AgentConfig,
         shared: Arc<Shared>,
         commands: Receiver<Command>,
+        device: Option<Device>,
     ) -> Result<Self> {
         let incarnation = identity::incarnation()?;
         // The pool first: it is what most often cannot be had.
-        let consuming = match config.role {
+        let pool = match config.role {
             Role::Producer => None,
-            Role::Consumer | Role::Both => Some(consuming(&config)?),
+            Role::Consumer | Role::Both => Some(Pool::new(&config, device.as_ref())?),
+        };
+        let memory = match &device {
+            None => Memory::Host,
+            Some(device) => Memory::Cuda { gpu: device.uuid().0 },
         };
         let producer = config.role.produces().then(|| {
             Producer::new(ProducerConfig {
                 layout: config.layout.clone(),
                 consumers: config.peers.len(),
                 hold: config.hold,
-                memory: Memory::Host,
+                memory,
             })
         });
         let hello = Hello {
@@ -114,8 +127,10 @@ impl Progress {
             refused_backoff: config.refused_backoff,
             ..Limits::default()
         };
+        let control = Control::new(control)?;
+        let consuming = pool.map(|pool| consuming(&config, pool, control.waker())).transpose()?;
         Ok(Self {
-            control: Control::new(control)?,
+            control,
             local: LocalExports::new(incarnation),
             producer: producer.transpose()?,
             consuming,
@@ -129,6 +144,8 @@ impl Progress {
             orphans: Vec::new(),
             pushes: None,
             loads: None,
+            device,
+            ended: Vec::new(),
             news: Vec::new(),
             closing: false,
             too_large: Throttle::default(),
@@ -152,6 +169,12 @@ impl Progress {
     }
 
     pub(super) fn run(mut self) {
+        if let Some(device) = &self.device
+            && let Err(error) = device.bind()
+        {
+            // Each call then does so by itself.
+            tracing::warn!(%error, "a GPU's context can't be kept on the agent's thread");
+        }
         while !self.closing {
             if let Err(error) = self.turn() {
                 tracing::error!(%error, name = self.config.name, "the agent stops");
@@ -166,6 +189,12 @@ impl Progress {
     fn drain(&mut self) {
         if let Some(pushes) = &mut self.pushes {
             pushes.close();
+        }
+        if let Some(consuming) = &mut self.consuming {
+            if let Some(loads) = &mut self.loads {
+                loads.close(&mut consuming.store, &mut self.ended);
+            }
+            consuming.store.give_up();
         }
         let deadline = self.now() + DRAIN;
         let mut events = Vec::new();
@@ -191,6 +220,7 @@ impl Progress {
 
     fn is_drained(&self) -> bool {
         self.pushes.as_ref().is_none_or(Pushes::is_idle)
+            && self.consuming.as_ref().is_none_or(|consuming| consuming.store.is_idle())
     }
 
     fn turn(&mut self) -> Result<()> {
@@ -222,8 +252,13 @@ impl Progress {
     }
 
     fn timeout(&self) -> Option<Duration> {
-        let busy = self.pushes.as_ref().is_some_and(|pushes| !pushes.is_idle())
-            || self.loads.as_ref().is_some_and(|loads| !loads.is_idle())
+        // A GPU says when it has done something.
+        let moves = self
+            .consuming
+            .as_ref()
+            .is_some_and(|consuming| consuming.store.moves_now() || consuming.store.is_idle());
+        let busy = self.pushes.as_ref().is_some_and(Pushes::is_busy)
+            || (moves && self.loads.as_ref().is_some_and(|loads| !loads.is_idle()))
             || !self.commands.is_empty();
         if busy {
             return Some(Duration::ZERO);
@@ -249,17 +284,25 @@ impl Progress {
                     producer.begin_step(now, ranges);
                 }
             }
-            Command::LayerReady(layer) => {
+            Command::LayerReady(layer, event) => {
+                self.read_after(event);
                 if let Some(producer) = &mut self.producer {
                     producer.layer_ready(layer);
                 }
             }
-            Command::EndStep => {
+            Command::EndStep(event) => {
+                self.read_after(event);
                 if let Some(producer) = &mut self.producer {
                     producer.end_step();
                 }
             }
-            Command::Load(request, blocks) => self.load(now, request, blocks),
+            Command::Load(request, blocks, event) => self.load(now, request, blocks, event),
+            Command::Void(shut) => {
+                if let (Some(pushes), Some(producer)) = (&mut self.pushes, &mut self.producer) {
+                    producer.void();
+                    pushes.void(shut, producer);
+                }
+            }
             Command::Stats(reply) => {
                 let _ = reply.send(self.stats());
             }
@@ -267,40 +310,66 @@ impl Progress {
         }
     }
 
-    fn register(&mut self, layers: Vec<KvLayer>) -> Result<()> {
+    /// What is read from now on is written when that event has come.
+    fn read_after(&mut self, event: Option<Arc<DeviceEvent>>) {
+        if let (Some(pushes), Some(event)) = (&mut self.pushes, event) {
+            pushes.wait_for(&event);
+        }
+    }
+
+    fn register(&mut self, layers: Vec<KvLayer>) -> Result<Option<ReadGate>> {
         if self.loads.is_some() {
             return Err(ErrorKind::Config.error("the engine's memory was registered before"));
         }
-        let registered = register(&self.config.layout, &layers, self.incarnation)?;
+        let device = self.device.as_ref();
+        let registered = register(&self.config.layout, &layers, self.incarnation, device)?;
         let layout = &self.config.layout;
-        let transports = self.transports(&registered);
+        let ways = self.ways(&registered)?;
         self.loads = Some(Loads::new(layout.clone(), registered.clone()));
-        self.pushes = Some(Pushes::new(layout.clone(), registered, transports));
+        let pushes = self.pushes.insert(Pushes::new(layout.clone(), registered, ways));
+        let gate = pushes.gate();
         if self.config.role.produces() {
             for peer in 0..self.config.peers.len() {
                 self.control.dial(peer, Purpose::Push);
             }
         }
-        Ok(())
+        Ok(gate)
     }
 
-    fn transports(&self, registered: &Registered) -> Vec<Box<dyn Transport>> {
-        let local = Local::new(Arc::clone(&registered.regions));
-        let shm = Shm::new(Arc::clone(&registered.regions));
+    fn ways(&self, registered: &Registered) -> Result<Vec<Way>> {
+        let regions = match (&registered.memory, &self.device) {
+            (EngineMemory::Host(regions), _) => regions,
+            (EngineMemory::Device(regions), Some(device)) if self.config.role.produces() => {
+                let copier = copier(device, Summed::Source, self.control.waker())?;
+                let regions = Arc::clone(regions);
+                return Ok(vec![Way::Gpu(Box::new(CudaIpc::new(device.clone(), regions, copier)))]);
+            }
+            (EngineMemory::Device(_), _) => return Ok(Vec::new()),
+        };
+        let local = Local::new(Arc::clone(regions));
+        let shm = Shm::new(Arc::clone(regions));
         #[cfg(feature = "faults")]
         if self.config.fault == Some(crate::config::Fault::DropWrites) {
             let faults = Faults::each(Act::Drop);
-            return vec![
-                Box::new(Fault::new(local, faults.clone())),
-                Box::new(Fault::new(shm, faults)),
-            ];
+            return Ok(vec![
+                Way::Host(Box::new(Fault::new(local, faults.clone()))),
+                Way::Host(Box::new(Fault::new(shm, faults))),
+            ]);
         }
-        vec![Box::new(local), Box::new(shm)]
+        Ok(vec![Way::Host(Box::new(local)), Way::Host(Box::new(shm))])
     }
 
-    fn load(&mut self, now: Time, request: LoadRequest, blocks: Vec<Vec<BlockId>>) {
-        let begun = match (&mut self.loads, &self.consuming) {
-            (Some(loads), Some(_)) => loads.begin(&request, blocks),
+    fn load(
+        &mut self,
+        now: Time,
+        request: LoadRequest,
+        blocks: Vec<Vec<BlockId>>,
+        event: Option<Arc<DeviceEvent>>,
+    ) {
+        let begun = match (&mut self.loads, &mut self.consuming) {
+            (Some(loads), Some(consuming)) => event
+                .map_or(Ok(()), |event| consuming.store.wait_for(&event))
+                .and_then(|()| loads.begin(&request, blocks)),
             (_, None) => Err(wrong_role("load")),
             (None, _) => Err(ErrorKind::Config.error("no memory was registered to load into")),
         };
@@ -335,11 +404,13 @@ impl Progress {
         if let (Some(pushes), Some(producer)) = (&mut self.pushes, &mut self.producer) {
             pushes.progress(BUDGET, producer, &mut self.news);
         }
-        if let (Some(loads), Some(consuming)) = (&mut self.loads, &mut self.consuming)
-            && let Some(copied) = loads.progress(&consuming.pool)
-        {
-            consuming.session.copied(self.origin.elapsed(), copied);
+        if let Some(consuming) = &mut self.consuming {
+            if let Some(loads) = &mut self.loads {
+                loads.progress(&mut consuming.store, &mut self.ended);
+            }
+            consuming.store.poll(&mut self.ended);
         }
+        self.end(self.now());
     }
 
     /// Nothing is left that could touch memory or keep a caller waiting.
@@ -354,11 +425,38 @@ impl Progress {
     }
 }
 
-fn consuming(config: &AgentConfig) -> Result<Consuming> {
+/// A consumer's memory, before there is anything to move its bytes.
+enum Pool {
+    Host(HostPool),
+    Device(DevicePool),
+}
+
+impl Pool {
+    fn new(config: &AgentConfig, device: Option<&Device>) -> Result<Self> {
+        let pages = u64::from(config.segment_pages());
+        let bytes = pages * config.layout.page_bytes() + PROBE_BYTES;
+        match device {
+            None => HostPool::new(config.segments, bytes).map(Self::Host),
+            Some(device) => DevicePool::new(device, config.segments, bytes).map(Self::Device),
+        }
+    }
+}
+
+fn copier(device: &Device, summed: Summed, waker: Waker) -> Result<Copier> {
+    Copier::new(device, CopierConfig { summed, ..CopierConfig::default() }, move || waker.wake())
+}
+
+fn consuming(config: &AgentConfig, pool: Pool, waker: Waker) -> Result<Consuming> {
     let pages_per_segment = config.segment_pages();
     let page = config.layout.page_bytes();
-    let bytes = u64::from(pages_per_segment) * page + PROBE_BYTES;
-    let pool = HostPool::new(config.segments, bytes)?;
+    let store = match pool {
+        Pool::Host(pool) => Store::Host(HostStore::new(pool)),
+        Pool::Device(pool) => {
+            // Nobody but us writes to the blocks that a load was given.
+            let copier = copier(pool.device(), Summed::Destination, waker)?;
+            Store::Device(Box::new(DeviceStore::new(pool, copier)))
+        }
+    };
     let session = Consumer::new(ConsumerConfig {
         layout: config.layout.clone(),
         geometry: Geometry { segments: config.segments, pages_per_segment },
@@ -371,5 +469,5 @@ fn consuming(config: &AgentConfig) -> Result<Consuming> {
         overtakes: 8,
         lost_ttl: config.gc.unclaimed_ttl,
     })?;
-    Ok(Consuming { session, pool })
+    Ok(Consuming { session, store })
 }

@@ -14,7 +14,10 @@ use kvxfer_core::{
     sum,
 };
 
+use super::gpu::ReadGate;
 use super::register::{PATTERN_BYTES, Registered};
+use crate::driver::Event;
+use crate::transport::CudaIpc;
 
 /// Numbers of posts from here on are ours, not the state machine's.
 const PROBES: u64 = 1 << 63;
@@ -65,6 +68,30 @@ pub(super) enum News {
     Unreachable(LinkId, Error),
 }
 
+/// A transport.
+pub(super) enum Way {
+    /// This thread moves its bytes.
+    Host(Box<dyn Transport>),
+    /// They move by themselves, after events of the engine's streams, and wake this thread.
+    Gpu(Box<CudaIpc>),
+}
+
+impl Way {
+    fn get(&self) -> &dyn Transport {
+        match self {
+            Self::Host(transport) => &**transport,
+            Self::Gpu(transport) => &**transport,
+        }
+    }
+
+    fn get_mut(&mut self) -> &mut dyn Transport {
+        match self {
+            Self::Host(transport) => &mut **transport,
+            Self::Gpu(transport) => &mut **transport,
+        }
+    }
+}
+
 enum Waiting {
     Layer(Layer),
     Probe(PostId),
@@ -74,7 +101,7 @@ enum Waiting {
 pub(super) struct Pushes {
     layout: KvLayout,
     registered: Registered,
-    transports: Vec<Box<dyn Transport>>,
+    ways: Vec<Way>,
     /// Which transport reaches a peer, as its first segment said.
     paths: HashMap<Incarnation, usize>,
     waiting: VecDeque<Waiting>,
@@ -90,15 +117,11 @@ pub(super) struct Pushes {
 }
 
 impl Pushes {
-    pub(super) fn new(
-        layout: KvLayout,
-        registered: Registered,
-        transports: Vec<Box<dyn Transport>>,
-    ) -> Self {
+    pub(super) fn new(layout: KvLayout, registered: Registered, ways: Vec<Way>) -> Self {
         Self {
             layout,
             registered,
-            transports,
+            ways,
             paths: HashMap::new(),
             waiting: VecDeque::new(),
             probes: HashMap::new(),
@@ -115,16 +138,22 @@ impl Pushes {
     /// A peer opens one of its segments to us: the first thing that is written there is a probe.
     pub(super) fn attach(&mut self, shown: Shown) -> Result<()> {
         let Shown { link, peer, segment, probe: number, path, handle } = shown;
-        let found = self.transports.iter().position(|transport| transport.name() == path);
+        let found = self.ways.iter().position(|way| way.get().name() == path);
         let index = found.ok_or_else(|| {
-            ErrorKind::NoPath.error(format!("peer {peer} offers path {path:?}, unknown here"))
+            ErrorKind::NoPath
+                .error(format!("peer {peer} offers path {path:?}, unknown where our KV lies"))
+                .fix("set kv_buffer_device to the same on both sides")
         })?;
         let dst = handle.bytes.checked_sub(PROBE_BYTES).ok_or_else(|| {
             ErrorKind::Protocol.error(format!("a segment of {} bytes is too short", handle.bytes))
         })?;
         self.forget(peer, Some(segment));
-        self.paths.insert(peer, index);
-        self.transports[index].attach(peer, segment, handle)?;
+        let first = self.paths.insert(peer, index).is_none();
+        let transport = self.ways[index].get_mut();
+        transport.attach(peer, segment, handle)?;
+        if first && let Some(lanes) = transport.lanes(peer) {
+            tracing::info!(%peer, path, "KV goes to a consumer over {lanes}");
+        }
 
         let post = PostId(PROBES | self.next_probe);
         // The bytes differ from those of the last probes, which may still lie there.
@@ -157,7 +186,7 @@ impl Pushes {
     fn detach(&mut self, peer: Incarnation, segment: Option<SegmentId>) {
         self.forget(peer, segment);
         if let Some(&index) = self.paths.get(&peer) {
-            self.transports[index].detach(peer, segment);
+            self.ways[index].get_mut().detach(peer, segment);
         }
     }
 
@@ -174,6 +203,44 @@ impl Pushes {
     pub(super) fn close(&mut self) {
         let peers: Vec<Incarnation> = self.paths.keys().copied().collect();
         peers.into_iter().for_each(|peer| self.let_go(peer));
+        if let Some(gpu) = self.gpu() {
+            gpu.copier().give_up(&super::closed());
+        }
+    }
+
+    fn gpu(&mut self) -> Option<&mut CudaIpc> {
+        self.ways.iter_mut().find_map(|way| match way {
+            Way::Gpu(gpu) => Some(&mut **gpu),
+            Way::Host(_) => None,
+        })
+    }
+
+    /// What an engine's thread needs to keep us from reading what it is about to write to.
+    pub(super) fn gate(&mut self) -> Option<ReadGate> {
+        let copier = self.gpu()?.copier();
+        Some(ReadGate { gate: Arc::clone(copier.gate()), launched: Arc::clone(copier.launched()) })
+    }
+
+    /// What is posted from now on is read after that event. A device that fails says so for each post.
+    pub(super) fn wait_for(&mut self, event: &Arc<Event>) {
+        if let Some(gpu) = self.gpu() {
+            let _ = gpu.copier().wait_for(event);
+        }
+    }
+
+    /// What has not begun will not: its blocks are written to again.
+    pub(super) fn void(&mut self, shut: u64, producer: &mut Producer) {
+        let error = ErrorKind::Closed.error("the engine uses the blocks for something else");
+        self.waiting.retain(|waiting| match waiting {
+            Waiting::Probe(_) => true,
+            Waiting::Layer(layer) => {
+                producer.posted(layer.post, Err(error.clone()));
+                false
+            }
+        });
+        if let Some(gpu) = self.gpu() {
+            gpu.copier().void(shut);
+        }
     }
 
     pub(super) fn enqueue(&mut self, layer: Layer) {
@@ -183,7 +250,15 @@ impl Pushes {
     pub(super) fn is_idle(&self) -> bool {
         self.waiting.is_empty()
             && self.retiring.is_empty()
-            && self.transports.iter().all(|transport| transport.pending() == 0)
+            && self.ways.iter().all(|way| way.get().pending() == 0)
+    }
+
+    /// Whether there is something to do before anything else happens. What a GPU does ends with a wake-up.
+    pub(super) fn is_busy(&self) -> bool {
+        let pending = |way: &Way| way.get().pending() > 0;
+        let busy = |way: &Way| matches!(way, Way::Host(_)) && pending(way);
+        let waits = !self.waiting.is_empty() || !self.retiring.is_empty();
+        self.ways.iter().any(busy) || (waits && !self.ways.iter().any(pending))
     }
 
     /// Hands over what waits, moves about `budget` bytes, and tells the producer what ended.
@@ -204,20 +279,19 @@ impl Pushes {
             self.waiting.pop_front();
         }
         let mut completions = std::mem::take(&mut self.completions);
-        for transport in &mut self.transports {
-            if transport.pending() > 0 {
-                transport.poll(budget, &mut completions);
+        for way in &mut self.ways {
+            if way.get().pending() > 0 {
+                way.get_mut().poll(budget, &mut completions);
             }
         }
         for Completion { id, result, .. } in completions.drain(..) {
             self.ended(id, result, producer, news);
         }
         self.completions = completions;
-        let transports = &self.transports;
-        let paths = &self.paths;
+        let (ways, paths) = (&self.ways, &self.paths);
         self.retiring.retain(|&Retiring { link, peer, segment, generation }| {
             let held =
-                paths.get(&peer).is_some_and(|&index| transports[index].holds(peer, Some(segment)));
+                paths.get(&peer).is_some_and(|&index| ways[index].get().holds(peer, Some(segment)));
             if !held {
                 news.push(News::Say(link, Message::Retired { segment, generation }));
             }
@@ -235,13 +309,18 @@ impl Pushes {
         if id.0 & PROBES == 0 {
             return producer.posted(id, result);
         }
-        let Some(Probe { link, segment, number: probe, .. }) = self.probes.remove(&id) else {
+        let Some(&Probe { link, segment, number: probe, .. }) = self.probes.get(&id) else {
             return;
         };
-        news.push(match result {
-            Ok(sum) => News::Say(link, Message::Probed { segment, probe, sum }),
-            Err(error) => News::Unreachable(link, error),
-        });
+        match result {
+            Ok(sum) => news.push(News::Say(link, Message::Probed { segment, probe, sum })),
+            // It reads nothing of the engine's, and only went with the rest.
+            Err(error) if error.kind() == ErrorKind::Closed => {
+                return self.waiting.push_back(Waiting::Probe(id));
+            }
+            Err(error) => news.push(News::Unreachable(link, error)),
+        }
+        self.probes.remove(&id);
     }
 
     /// Offers the first waiting post to its transport.
@@ -266,7 +345,7 @@ impl Pushes {
                 (next.post, next.peer, seed)
             }
         };
-        let transport = self.paths.get(&peer).map(|&index| &mut self.transports[index]);
+        let transport = self.paths.get(&peer).map(|&index| self.ways[index].get_mut());
         let transport = transport.ok_or_else(|| gone(peer))?;
         transport.post(Post { id, peer, seed, writes: &self.writes })?;
         if id.0 & PROBES == 0 {

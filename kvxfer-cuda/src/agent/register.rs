@@ -9,16 +9,25 @@ use kvxfer_core::transport::{PROBE_BYTES, RegionId};
 use kvxfer_core::{ErrorKind, Incarnation, Result};
 
 use super::KvLayer;
+use crate::device::DeviceRegions;
+use crate::driver::{Buffer, Device, DevicePtr, Priority};
 use crate::memory::Regions;
 
 /// Bytes of the region that probes are written from.
 pub(super) const PATTERN_BYTES: u64 = 64 << 10;
 const _: () = assert!(PATTERN_BYTES > PROBE_BYTES);
 
+/// Where the regions are.
+#[derive(Clone)]
+pub(super) enum EngineMemory {
+    Host(Arc<Regions>),
+    Device(Arc<DeviceRegions>),
+}
+
 /// What an engine registered.
 #[derive(Clone)]
 pub(super) struct Registered {
-    pub(super) regions: Arc<Regions>,
+    pub(super) memory: EngineMemory,
     pub(super) layers: Vec<LayerMemory>,
     /// Bytes of ours that no other agent has.
     pub(super) pattern: RegionId,
@@ -29,6 +38,7 @@ pub(super) fn register(
     layout: &KvLayout,
     layers: &[KvLayer],
     us: Incarnation,
+    device: Option<&Device>,
 ) -> Result<Registered> {
     if layers.len() != layout.layers() as usize {
         return Err(ErrorKind::Config.error(format!(
@@ -37,7 +47,7 @@ pub(super) fn register(
             layout.layers()
         )));
     }
-    let mut regions = Regions::new();
+    let (mut regions, mut on_device) = (Regions::new(), DeviceRegions::new());
     let mut memory = Vec::with_capacity(layers.len());
     for (flat, layer) in (0..).zip(layers) {
         let bytes = layout.layer(flat).and_then(|(group, at)| layout.block_bytes(group, at));
@@ -51,11 +61,34 @@ pub(super) fn register(
             ErrorKind::Config.error(format!("layer {flat}: more memory than there is"))
         })?;
         // SAFETY: the promise of whoever called `Agent::register`.
-        let region = unsafe { regions.register(layer.address as *mut u8, size) }?;
+        let region = unsafe {
+            match device {
+                None => regions.register(layer.address as *mut u8, size),
+                Some(_) => on_device.register(DevicePtr::from_raw(layer.address as u64), size),
+            }
+        }?;
         memory.push(LayerMemory { region, base: 0, stride: layer.stride, blocks: layer.blocks });
     }
-    let pattern = regions.keep(pattern(us))?;
-    Ok(Registered { regions: Arc::new(regions), layers: memory, pattern })
+    let bytes = pattern(us);
+    let (pattern, memory_of) = match device {
+        None => (regions.keep(bytes)?, EngineMemory::Host(Arc::new(regions))),
+        Some(device) => {
+            let pattern = on_device.keep(upload(device, &bytes)?)?;
+            (pattern, EngineMemory::Device(Arc::new(on_device)))
+        }
+    };
+    Ok(Registered { memory: memory_of, layers: memory, pattern })
+}
+
+/// Those bytes in memory of the GPU. Blocks for as long as that takes.
+fn upload(device: &Device, bytes: &[u8]) -> Result<Buffer> {
+    let len = bytes.len() as u64;
+    let (buffer, pinned) = (device.buffer(len)?, device.pinned(len)?);
+    pinned.write(0, bytes)?;
+    let stream = device.stream(Priority::Default)?;
+    stream.upload(buffer.ptr(), &pinned, 0, len)?;
+    stream.synchronize()?;
+    Ok(buffer)
 }
 
 /// Bytes that follow from who we are, and look like noise.

@@ -250,8 +250,12 @@ impl Copier {
     /// number that [`Gate::shut`] returned; nothing is started from then on until this is called.
     pub fn void(&mut self, shut: u64) {
         self.shut = shut;
-        let error = ErrorKind::Closed.error("the engine uses the memory for something else");
-        self.queue.give_up(&error);
+        self.give_up(&ErrorKind::Closed.error("the engine uses the memory for something else"));
+    }
+
+    /// What was submitted and not started ends with that error.
+    pub fn give_up(&mut self, error: &Error) {
+        self.queue.give_up(error);
     }
 
     /// Spans of so many bytes and more go to the copy engines.

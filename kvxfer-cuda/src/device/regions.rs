@@ -3,7 +3,7 @@
 use kvxfer_core::transport::RegionId;
 use kvxfer_core::{ErrorKind, Result};
 
-use crate::driver::DevicePtr;
+use crate::driver::{Buffer, DevicePtr};
 use crate::memory::inside;
 
 /// Registered memory of this process's engine on one GPU, by number. Filled before the agent starts, and
@@ -11,6 +11,7 @@ use crate::memory::inside;
 #[derive(Debug, Default)]
 pub struct DeviceRegions {
     regions: Vec<Region>,
+    kept: Vec<Buffer>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -43,6 +44,17 @@ impl DeviceRegions {
         }
         self.regions.push(Region { start, bytes });
         Ok(RegionId(self.regions.len() as u32 - 1))
+    }
+
+    /// Adds memory of our own; its number is how many there were before.
+    ///
+    /// # Errors
+    /// As [`DeviceRegions::register`].
+    pub fn keep(&mut self, memory: Buffer) -> Result<RegionId> {
+        // SAFETY: the memory is dropped with `self`.
+        let id = unsafe { self.register(memory.ptr(), memory.bytes()) }?;
+        self.kept.push(memory);
+        Ok(id)
     }
 
     /// How many there are.

@@ -127,6 +127,7 @@ impl Drop for CudaIpc {
         if let Err(error) = self.copier.drain(PATIENCE) {
             tracing::error!(%error, "copies to peers do not end: what they write to stays mapped");
             std::mem::forget((std::mem::take(&mut self.segments), std::mem::take(&mut self.posts)));
+            std::mem::forget(Arc::clone(&self.regions));
         }
     }
 }
