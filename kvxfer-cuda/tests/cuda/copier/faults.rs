@@ -11,6 +11,7 @@ const TEST: &str = "copier::faults::child";
 /// By the kernel, and by batches.
 const LENGTHS: [u64; 2] = [64, 4096];
 const TASKS: usize = 4;
+const ASTRAY: u64 = 8;
 
 /// What came of [`TASKS`] tasks, one after the other; one error where the copier did not even start.
 struct Outcome {
@@ -66,12 +67,15 @@ fn astray(device: &Device) -> Outcome {
     let before = copy(&mut rig, device, &memory, 1);
     // SAFETY: not at all; this process is here to see what the device does then.
     let nowhere = unsafe { DevicePtr::from_raw(1 << 46) };
-    let copies = [(1, span(memory.ptr(), nowhere, 64)), (2, span(memory.ptr(), nowhere, 64))];
-    for (task, copy) in copies {
-        rig.copier.submit(task, &[copy]).unwrap();
+    // Each in a launch of its own, more than are under way at a time.
+    for task in 0..ASTRAY {
+        rig.copier.wait_for(&event(device)).unwrap();
+        rig.copier.submit(task, &[span(memory.ptr(), nowhere, 64)]).unwrap();
     }
     let mut results = vec![before];
-    results.extend(rig.collect(2).into_iter().map(|done| done.result.map(drop)));
+    let done = rig.collect(ASTRAY as usize);
+    assert!(done.iter().map(|done| done.task).eq(0..ASTRAY));
+    results.extend(done.into_iter().map(|done| done.result.map(drop)));
     results.push(copy(&mut rig, device, &memory, 2));
     outcome(&mut rig, results)
 }
@@ -211,7 +215,7 @@ fn a_sticky_error_ends_all_tasks_and_one_device() {
 fn a_copy_to_nowhere_ends_all_tasks() {
     let _device = device!();
     let (results, broken, left) = run("astray", "");
-    assert_eq!(results.len(), 4);
+    assert_eq!(results.len(), ASTRAY as usize + 2);
     assert_eq!(results[0], "ok");
     for error in results[1..].iter().chain([&broken]) {
         assert!(error.contains("ILLEGAL_ADDRESS"), "{error}");
