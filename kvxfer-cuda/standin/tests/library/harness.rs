@@ -63,6 +63,7 @@ pub(crate) fn play<F: FnOnce(&str, &Stage)>(config: &str, play: F) {
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
     let folder = scratch().join(format!("kvxfer-standin-{}-{number}", std::process::id()));
     fs::create_dir(&folder).unwrap();
+    link_library(&folder);
     let stage = Stage { name, folder };
     let status = stage.spawn("first", config, Stdio::null()).wait();
     fs::remove_dir_all(&stage.folder).unwrap();
@@ -103,7 +104,7 @@ impl Stage {
         let mut command = Command::new(env::current_exe().unwrap());
         command.args([self.name, "--exact", "--nocapture", "--quiet"]);
         command.env(ROLE, role).env(SHARED, &self.folder);
-        command.env("LD_LIBRARY_PATH", library());
+        command.env("LD_LIBRARY_PATH", &self.folder);
         command.env("KVXFER_STANDIN", config.replace("{folder}", self.folder.to_str().unwrap()));
         command.env_remove("CUDA_VISIBLE_DEVICES");
         command.envs(visible.map(|visible| ("CUDA_VISIBLE_DEVICES", visible)));
@@ -114,16 +115,11 @@ impl Stage {
     }
 }
 
-/// A folder with the library under the driver's name.
-fn library() -> PathBuf {
+/// Puts the library into a folder, under the driver's name.
+fn link_library(folder: &Path) {
     // Cargo built it for this binary, beside it.
     let built = env::current_exe().unwrap().with_file_name("libkvxfer_standin.so");
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("standin");
-    fs::create_dir_all(&folder).unwrap();
-    match symlink(built, folder.join("libcuda.so.1")) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => panic!("{error}"),
-        _ => folder,
-    }
+    symlink(built, folder.join("libcuda.so.1")).unwrap();
 }
 
 /// Another process. Killed when it is dropped.
