@@ -108,15 +108,15 @@ const CAPTURE_RELAXED: c_int = 2;
 const P2P_NATIVE_ATOMICS: c_int = 3;
 const POINTER_RDMA_CAPABLE: c_int = 15;
 const GRANULARITY_RECOMMENDED: c_int = 1;
-const POSIX_FD: c_int = 1;
+const POSIX_FD: c_int = HandleKind::PosixFd as c_int;
+const FABRIC: c_int = HandleKind::Fabric as c_int;
 const WAIT_GEQ: c_uint = 0;
 
-/// Physical memory of that device, to be shared as a file descriptor.
-fn properties(device: RawDevice, rdma: bool) -> sys::CUmemAllocationProp {
+/// Physical memory of that device, to be shared in that way.
+fn properties(device: RawDevice, kind: HandleKind, rdma: bool) -> sys::CUmemAllocationProp {
     sys::CUmemAllocationProp {
         type_: sys::CUmemAllocationType::CU_MEM_ALLOCATION_TYPE_PINNED,
-        requestedHandleTypes:
-            sys::CUmemAllocationHandleType::CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR,
+        requestedHandleTypes: sys::CUmemAllocationHandleType_enum(kind as c_uint),
         location: location(device),
         win32HandleMetaData: ptr::null_mut(),
         allocFlags: sys::CUmemAllocationProp_st__bindgen_ty_1 {
@@ -226,8 +226,8 @@ unsafe impl Driver for Cuda {
         Ok((free as u64, total as u64))
     }
 
-    unsafe fn memory_granularity(&self, device: RawDevice) -> Result<u64> {
-        let (mut bytes, wanted) = (0, properties(device, false));
+    unsafe fn memory_granularity(&self, device: RawDevice, kind: HandleKind) -> Result<u64> {
+        let (mut bytes, wanted) = (0, properties(device, kind, false));
         call!(
             self.table.memory_granularity,
             &raw mut bytes,
@@ -237,8 +237,14 @@ unsafe impl Driver for Cuda {
         Ok(bytes as u64)
     }
 
-    unsafe fn memory_create(&self, device: RawDevice, bytes: u64, rdma: bool) -> Result<RawMemory> {
-        let (mut memory, wanted) = (RawMemory(0), properties(device, rdma));
+    unsafe fn memory_create(
+        &self,
+        device: RawDevice,
+        bytes: u64,
+        kind: HandleKind,
+        rdma: bool,
+    ) -> Result<RawMemory> {
+        let (mut memory, wanted) = (RawMemory(0), properties(device, kind, rdma));
         call!(self.table.memory_create, &raw mut memory, size(bytes), &raw const wanted, 0)?;
         Ok(memory)
     }
@@ -268,6 +274,18 @@ unsafe impl Driver for Cuda {
         let mut memory = RawMemory(0);
         let fd = ptr::without_provenance_mut(fd.as_raw_fd() as usize);
         call!(self.table.memory_import, &raw mut memory, fd, POSIX_FD)?;
+        Ok(memory)
+    }
+
+    unsafe fn fabric_export(&self, memory: RawMemory) -> Result<[u8; 64]> {
+        let mut handle = [0_u8; 64];
+        call!(self.table.memory_export, (&raw mut handle).cast(), memory, FABRIC, 0)?;
+        Ok(handle)
+    }
+
+    unsafe fn fabric_import(&self, mut handle: [u8; 64]) -> Result<RawMemory> {
+        let mut memory = RawMemory(0);
+        call!(self.table.memory_import, &raw mut memory, (&raw mut handle).cast(), FABRIC)?;
         Ok(memory)
     }
 

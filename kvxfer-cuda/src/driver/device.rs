@@ -9,7 +9,8 @@ use std::sync::Arc;
 use super::error::Result;
 use super::handles::{RawContext, RawDevice};
 use super::{
-    Attribute, Buffer, Event, IpcHandle, Mapped, Module, Physical, Pinned, Priority, Shared, Stream,
+    Attribute, Buffer, Event, Handle, HandleKind, Mapped, Module, Physical, Pinned, Priority,
+    Shared, Sharing, Stream,
 };
 
 /// The name of a GPU, or of a MIG slice, that all processes of all containers agree on. Ordinals are each
@@ -282,7 +283,7 @@ impl Device {
     /// The driver's.
     pub fn granularity(&self) -> Result<u64> {
         // SAFETY: the handle is the driver's.
-        unsafe { self.0.driver.memory_granularity(self.0.raw) }
+        unsafe { self.0.driver.memory_granularity(self.0.raw, HandleKind::PosixFd) }
     }
 
     /// Whether its memory can be shared as a file descriptor. What the driver doesn't know, it can't do.
@@ -321,7 +322,15 @@ impl Device {
     /// # Errors
     /// The driver's; see [`CudaError::is_out_of_memory`](super::CudaError::is_out_of_memory).
     pub fn allocate(&self, bytes: u64) -> Result<Physical> {
-        Physical::allocate(self, bytes)
+        self.allocate_as(Sharing::PosixFd, bytes)
+    }
+
+    /// The same, to be shared in another way.
+    ///
+    /// # Errors
+    /// As [`Device::allocate`]; also when the device, or its host, can't share in that way.
+    pub fn allocate_as(&self, sharing: Sharing, bytes: u64) -> Result<Physical> {
+        Physical::allocate(self, sharing, bytes)
     }
 
     /// Physical memory that another process exported, of whichever device of this host. The descriptor can
@@ -331,6 +340,14 @@ impl Device {
     /// The driver's: it is no such memory, or its device is hidden from this process.
     pub fn import(&self, fd: BorrowedFd<'_>, bytes: u64) -> Result<Physical> {
         Physical::import(self, fd, bytes)
+    }
+
+    /// The same by any handle; what it is, is the other side's word.
+    ///
+    /// # Errors
+    /// As [`Device::import`]; a legacy handle of this very process is refused too.
+    pub fn import_handle(&self, handle: &Handle, bytes: u64) -> Result<Physical> {
+        Physical::import_handle(self, handle, bytes)
     }
 
     /// Maps physical memory for this device, which may be another one than where the memory lies.
@@ -347,14 +364,6 @@ impl Device {
     /// The driver's.
     pub fn buffer(&self, bytes: u64) -> Result<Buffer> {
         Buffer::new(self, bytes)
-    }
-
-    /// Plain device memory of another process, of `bytes` as that one says.
-    ///
-    /// # Errors
-    /// The driver's; the handle is of this process, for one.
-    pub fn open_ipc(&self, handle: IpcHandle, bytes: u64) -> Result<Buffer> {
-        Buffer::open(self, handle, bytes)
     }
 
     /// Host memory that the device reads and writes by itself.

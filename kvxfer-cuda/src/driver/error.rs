@@ -131,7 +131,7 @@ pub(super) mod code {
 }
 
 /// After these the context answers nothing but the same again.
-const STICKY: [i32; 13] = [214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719];
+const STICKY: &[i32] = &[214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719];
 
 /// A code with its name, if it has one here.
 struct Code(i32);

@@ -74,6 +74,16 @@ impl DevicePtr {
     }
 }
 
+/// What physical memory can be exported as: `CUmemAllocationHandleType`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum HandleKind {
+    /// A file descriptor.
+    PosixFd = 1,
+    /// 64 bytes, good on each host of a fabric.
+    Fabric = 8,
+}
+
 /// One copy of a batch: `len` bytes from `src` to `dst`, which must not overlap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Copy {

@@ -33,9 +33,10 @@ pub use device::{Device, PeerLink, Uuid};
 pub use error::{CudaError, Result};
 pub use event::{EngineStream, Event};
 pub use handles::{
-    Copy, DevicePtr, RawContext, RawDevice, RawEvent, RawFunction, RawMemory, RawModule, RawStream,
+    Copy, DevicePtr, HandleKind, RawContext, RawDevice, RawEvent, RawFunction, RawMemory,
+    RawModule, RawStream,
 };
-pub use memory::{Buffer, IpcHandle, Mapped, Physical};
+pub use memory::{Buffer, Handle, Mapped, Physical, Sharing};
 pub use module::{Function, Module};
 pub use pinned::Pinned;
 pub use stream::{Priority, Stream};
@@ -87,11 +88,19 @@ pub unsafe trait Driver: Debug + Send + Sync {
 
     /// Of the current context: bytes (free, in all).
     unsafe fn memory_info(&self) -> Result<(u64, u64)>;
-    unsafe fn memory_granularity(&self, device: RawDevice) -> Result<u64>;
-    unsafe fn memory_create(&self, device: RawDevice, bytes: u64, rdma: bool) -> Result<RawMemory>;
+    unsafe fn memory_granularity(&self, device: RawDevice, kind: HandleKind) -> Result<u64>;
+    unsafe fn memory_create(
+        &self,
+        device: RawDevice,
+        bytes: u64,
+        kind: HandleKind,
+        rdma: bool,
+    ) -> Result<RawMemory>;
     unsafe fn memory_release(&self, memory: RawMemory) -> Result<()>;
     unsafe fn memory_export(&self, memory: RawMemory) -> Result<OwnedFd>;
     unsafe fn memory_import(&self, fd: BorrowedFd<'_>) -> Result<RawMemory>;
+    unsafe fn fabric_export(&self, memory: RawMemory) -> Result<[u8; 64]>;
+    unsafe fn fabric_import(&self, handle: [u8; 64]) -> Result<RawMemory>;
     unsafe fn address_reserve(&self, bytes: u64) -> Result<DevicePtr>;
     unsafe fn address_free(&self, ptr: DevicePtr, bytes: u64) -> Result<()>;
     unsafe fn map(&self, ptr: DevicePtr, bytes: u64, memory: RawMemory) -> Result<()>;

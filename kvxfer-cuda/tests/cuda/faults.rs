@@ -9,7 +9,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
-use kvxfer_cuda::driver::{Copy, CudaError, Device, PeerLink, Priority, cuda};
+use kvxfer_cuda::driver::{Copy, CudaError, Device, PeerLink, Priority, Sharing, cuda};
 
 use crate::harness::{
     Peer, Wire, drain, driver, get, live, on_standin, parent, put, skip, two_devices,
@@ -34,7 +34,7 @@ fn scenario() -> Result<(), CudaError> {
     let import = device.map(Arc::new(import))?;
     peer.map(physical)?;
     let buffer = device.buffer(2 << 20)?;
-    buffer.ipc_handle()?;
+    device.allocate_as(Sharing::Legacy, 1)?.share()?;
     let pinned = device.pinned(4096)?;
 
     let [side, other] = [device.stream(Priority::Lowest)?, device.stream(Priority::Default)?];
@@ -317,7 +317,7 @@ fn out_of_memory_is_told_from_other_errors() {
         assert_eq!((outcome.result, outcome.left), (failed(call, 2), 0));
         assert_eq!(outcome.text, format!("{call}: CUDA_ERROR_OUT_OF_MEMORY (2)"));
     }
-    // The scenario needs about 2 MiB on the second device, and 4 on the first.
+    // The scenario needs 4 MiB on the first device at once.
     let outcome = with("memory=3MiB");
     assert_eq!((outcome.result, outcome.left), (failed("cuMemAlloc_v2", 2), 0));
 }
@@ -345,6 +345,22 @@ fn memory_of_a_hidden_device_is_refused() {
         let outcome = outcome(peer);
         assert_eq!((outcome.result, outcome.left), (result, 0), "{standin}");
     }
+}
+
+#[test]
+fn memory_is_shared_over_a_fabric_where_there_is_one() {
+    if no_standin() {
+        return;
+    }
+    let own = std::env::var("KVXFER_STANDIN").unwrap_or_default();
+    let test = "contract::sharing::memory_is_shared_over_a_fabric";
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["--exact", test])
+        .env("KVXFER_STANDIN", format!("{own};fabric=1"))
+        .output()
+        .unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success() && !errors.contains("skipped"), "{errors}");
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use kvxfer_cuda::driver::{Device, DevicePtr, Priority, RawDevice, cuda};
+use kvxfer_cuda::driver::{Device, DevicePtr, HandleKind, Priority, RawDevice, cuda};
 
 use super::MUCH;
 use crate::harness::{Peer, child_device, device, drain, get, parent, pattern, put};
@@ -96,7 +96,7 @@ fn child() {
     let bytes = device.granularity().unwrap();
     // SAFETY: the context is current; the ranges are those that were just made. The process ends after this.
     let ptr = unsafe {
-        let memory = driver.memory_create(RawDevice(0), bytes, false).unwrap();
+        let memory = driver.memory_create(RawDevice(0), bytes, HandleKind::PosixFd, false).unwrap();
         let ptr = driver.address_reserve(bytes).unwrap();
         driver.map(ptr, bytes, memory).unwrap();
         ptr

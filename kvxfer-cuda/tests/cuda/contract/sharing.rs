@@ -5,12 +5,13 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Instant;
 
-use kvxfer_cuda::driver::{Device, DevicePtr, IpcHandle, Mapped, Priority, Uuid, cuda};
+use kvxfer_cuda::driver::{Device, DevicePtr, Handle, Mapped, Priority, Sharing, Uuid, cuda};
 use rustix::fs::{MemfdFlags, memfd_create};
 
 use super::MUCH;
 use crate::harness::{
-    DEADLINE, Peer, Wire, child_device, device, drain, get, parent, pattern, put,
+    DEADLINE, Peer, Wire, assert_nothing_lives, child_device, device, drain, get, parent, pattern,
+    put, skip,
 };
 
 /// How much of shared memory is read and written, wherever it has more.
@@ -52,6 +53,10 @@ pub(super) const CLAUSES: &[super::Clause] = &[
         "Plain memory of a multiple of 2 MiB is opened by its IPC handle in another process, at its first byte.",
     ),
     (
+        "sharing::memory_is_shared_over_a_fabric",
+        "Where device and host take part in a fabric, memory is imported by its fabric handle as it is by a descriptor.",
+    ),
+    (
         "sharing::a_handle_is_not_opened_at_home",
         "An IPC handle is refused in the process that made it.",
     ),
@@ -65,33 +70,51 @@ pub(super) const CLAUSES: &[super::Clause] = &[
 
 #[test]
 fn child() {
-    if let Some(mut parent) = parent("import") {
-        let device = child_device();
-        let (bytes, fd) = parent.receive_fd::<8>();
-        let physical = device.import(fd.as_fd(), u64::from_le_bytes(bytes)).unwrap();
-        drop(fd);
-        let mapped = device.map(Arc::new(physical)).unwrap();
-        obey(&device, mapped.ptr(), &mut parent);
-    }
-    if let Some(mut parent) = parent("export") {
-        let device = child_device();
-        let mapped = mapped(&device, MUCH);
-        fill(&device, mapped.ptr(), 7);
-        parent.send_fd(&[1], mapped.physical().export().unwrap().as_fd());
-        obey(&device, mapped.ptr(), &mut parent);
-    }
-    if let Some(mut parent) = parent("open") {
-        let device = child_device();
-        let buffer = device.open_ipc(IpcHandle(parent.receive()), LEN).unwrap();
-        obey(&device, buffer.ptr(), &mut parent);
-    }
-    if let Some(mut parent) = parent("name") {
-        let driver = cuda().unwrap();
-        let count = Device::count(&driver).unwrap();
-        parent.send(&[u8::try_from(count).unwrap()]);
-        for ordinal in 0..count {
-            parent.send(&Device::open(Arc::clone(&driver), ordinal).unwrap().uuid().0);
+    for (role, play) in ROLES {
+        if let Some(mut parent) = parent(role) {
+            play(&mut parent);
+            assert_nothing_lives();
         }
+    }
+}
+
+type Role = (&'static str, fn(&mut Wire));
+
+const ROLES: [Role; 4] = [("import", import), ("export", export), ("open", open), ("name", name)];
+
+fn import(parent: &mut Wire) {
+    let device = child_device();
+    let (bytes, fd) = parent.receive_fd::<8>();
+    let physical = device.import(fd.as_fd(), u64::from_le_bytes(bytes)).unwrap();
+    drop(fd);
+    let mapped = device.map(Arc::new(physical)).unwrap();
+    obey(&device, mapped.ptr(), parent);
+}
+
+fn export(parent: &mut Wire) {
+    let device = child_device();
+    let mapped = mapped(&device, MUCH);
+    fill(&device, mapped.ptr(), 7);
+    parent.send_fd(&[1], mapped.physical().export().unwrap().as_fd());
+    obey(&device, mapped.ptr(), parent);
+}
+
+fn open(parent: &mut Wire) {
+    let device = child_device();
+    let handle = match parent.receive() {
+        [0] => Handle::Legacy(parent.receive()),
+        _ => Handle::Fabric(parent.receive()),
+    };
+    let mapped = device.map(Arc::new(device.import_handle(&handle, LEN).unwrap())).unwrap();
+    obey(&device, mapped.ptr(), parent);
+}
+
+fn name(parent: &mut Wire) {
+    let driver = cuda().unwrap();
+    let count = Device::count(&driver).unwrap();
+    parent.send(&[u8::try_from(count).unwrap()]);
+    for ordinal in 0..count {
+        parent.send(&Device::open(Arc::clone(&driver), ordinal).unwrap().uuid().0);
     }
 }
 
@@ -299,25 +322,47 @@ fn what_is_no_memory_is_refused() {
     assert!(get(&device, mapped.ptr(), 4096) == pattern(4096, 1));
 }
 
-#[test]
-fn plain_memory_is_opened_elsewhere() {
-    let device = device!();
-    let buffer = device.buffer(LEN).unwrap();
-    fill(&device, buffer.ptr(), 1);
+/// Shares memory by 64 bytes, and has both sides write to it.
+fn shared_by_name(device: &Device, sharing: Sharing) {
+    let mapped = device.map(Arc::new(device.allocate_as(sharing, LEN).unwrap())).unwrap();
+    fill(device, mapped.ptr(), 1);
     let mut peer = Peer::start("contract::sharing::child", "open");
-    peer.wire.send(&buffer.ipc_handle().unwrap().0);
+    match mapped.physical().share().unwrap() {
+        Handle::Legacy(name) => peer.wire.send(&[&[0], &name[..]].concat()),
+        Handle::Fabric(name) => peer.wire.send(&[&[1], &name[..]].concat()),
+        Handle::Fd(_) => panic!("a descriptor is no name"),
+    }
     assert_eq!(peer.wire.receive(), [0], "it is opened");
     assert_eq!(order(&mut peer, b'e', 1), 1);
     order(&mut peer, b'f', 2);
-    assert_filled(&device, buffer.ptr(), 2);
+    assert_filled(device, mapped.ptr(), 2);
     peer.ends();
+}
+
+#[test]
+fn plain_memory_is_opened_elsewhere() {
+    let device = device!();
+    shared_by_name(&device, Sharing::Legacy);
+}
+
+#[test]
+fn memory_is_shared_over_a_fabric() {
+    let device = device!();
+    if !device.supports_fabric() {
+        return skip("the device has no fabric");
+    }
+    match device.allocate_as(Sharing::Fabric, LEN) {
+        Ok(_) => shared_by_name(&device, Sharing::Fabric),
+        // The device could, but its host takes part in none.
+        Err(error) => skip(&error.to_string()),
+    }
 }
 
 #[test]
 fn a_handle_is_not_opened_at_home() {
     let device = device!();
-    let buffer = device.buffer(LEN).unwrap();
-    let error = device.open_ipc(buffer.ipc_handle().unwrap(), LEN).unwrap_err();
+    let physical = device.allocate_as(Sharing::Legacy, LEN).unwrap();
+    let error = device.import_handle(&physical.share().unwrap(), LEN).unwrap_err();
     assert!(!error.is_sticky(), "{error}");
 }
 
