@@ -5,7 +5,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .ONESHELL:
-.PHONY: help demo test rust kernels python examples e2e sim bench fmt clean
+.PHONY: help demo test rust kernels standin gpu-check gpu-bundle python examples e2e sim bench bench-gpu fmt clean
 
 # Cut once here, so that a log shows where the minutes went.
 say = printf '\n\033[1m[%(%H:%M:%S)T] %s\033[0m\n' -1 "$(1)"
@@ -17,7 +17,7 @@ TOOLS = $$(env/setup)/venv/bin
 help: ## this list
 	@echo "kvxfer: KV caches from a prefill engine to a decode engine"
 	echo
-	grep -hE '^[a-z0-9]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9]+):[^#]*## /\1\t/' | expand -t 10 | sed 's/^/  make /'
+	grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):[^#]*## /\1\t/' | expand -t 12 | sed 's/^/  make /'
 	echo
 	echo "The environment of the tests and the demo: $${KVXFER_CACHE:-$${XDG_CACHE_HOME:-$$HOME/.cache}/kvxfer}, about 7 GB, made by the first target that needs it"
 
@@ -30,7 +30,7 @@ export PROMPT KEEP
 # SECONDS is a variable of bash itself.
 export SECONDS_TO_RUN := $(or $(SECONDS),60)
 
-test: rust kernels examples python e2e ## everything: Rust, Python, types, and two real engines end to end
+test: rust standin kernels examples python e2e ## everything: Rust, Python, types, and two real engines end to end
 	@$(call say,all tests passed)
 
 rust: ## formatting, clippy, Rust tests and doc tests
@@ -47,6 +47,38 @@ rust: ## formatting, clippy, Rust tests and doc tests
 	fi
 	$(call say,rust: doc tests)
 	cargo test --workspace --locked --doc
+
+standin: ## the GPU path on a stand-in for the CUDA driver, planted ordering bugs included (target/reports/standin.json); it proves order, never speed
+	@$(call say,standin: building)
+	cargo build --workspace --features kvxfer-cuda/faults --locked --bin gpu-check --test cuda --test conformance
+	folder=$$(kvxfer-cuda/standin/build)
+	$(call say,standin: the tests that need a driver)
+	target/debug/gpu-check --standin "$$folder"
+	$(call say,standin: gpu-check in small)
+	mkdir -p target/standin/rehearsal
+	LD_LIBRARY_PATH="$$folder" KVXFER_STANDIN="devices=2;ledger=$$PWD/target/standin/rehearsal" target/debug/gpu-check --rehearse
+
+gpu-check: ## everything that needs a GPU, on this machine's own: what is proven goes to target/reports/gpu.json and gpu.md, and to docs/; status 77 without a GPU
+	@$(call say,gpu-check: building)
+	cargo build --release --package kvxfer-benches --locked --bin gpu-check
+	$(call say,gpu-check: tests and speeds)
+	target/release/gpu-check
+	$(call say,gpu-check: the table of what the driver does)
+	KVXFER_WRITE=1 cargo test --workspace --features kvxfer-cuda/faults --locked --test cuda -- --exact contract::table::the_table_is_as_committed
+
+gpu-bundle: ## the same for a machine without Rust: copy target/gpu-bundle there and run gpu-check --bundle in it
+	@$(call say,gpu-bundle: building)
+	mkdir -p target/gpu-bundle
+	# The program that measures has no switches for faults in it; the tests have.
+	strip='profile.release.strip="symbols"'
+	cargo build --release --config "$$strip" --package kvxfer-benches --locked --bin gpu-check
+	cp target/release/gpu-check target/gpu-bundle/
+	cargo build --release --config "$$strip" --package kvxfer-cuda --features faults --locked --test cuda --test conformance \
+		--message-format json-render-diagnostics |
+		sed -nE 's/.*"name":"(cuda|conformance)".*"executable":"([^"]+)".*/\1 \2/p' |
+		while read -r name file; do cp "$$file" "target/gpu-bundle/$$name"; done
+	echo "$$(git rev-parse --short=12 HEAD)$$(test -z "$$(git status --porcelain -uno)" || echo +)" >target/gpu-bundle/COMMIT
+	ls -lh target/gpu-bundle
 
 kernels: ## the copy kernel without a GPU: its PTX against its source, no spills, ASAN, planted bugs (target/reports/kernels.json; KVXFER_WRITE=1 writes the PTX)
 	@$(call say,kernels: the CUDA compilers)
@@ -103,6 +135,10 @@ bench: ## criterion benchmarks and the machine's own copy limit (target/reports/
 	cargo bench --package kvxfer-benches --locked --bench micro >"$$log" 2>&1 || { cat "$$log"; exit 1; }
 	$(call say,bench: between two processes)
 	cargo bench --package kvxfer-benches --locked --bench transfer
+
+bench-gpu: ## criterion benchmarks of copies on a GPU (target/criterion); it says so and ends where there is none
+	@$(call say,bench-gpu)
+	cargo bench --package kvxfer-benches --locked --bench gpu
 
 fmt: ## format Rust and Python
 	@$(call say,fmt)

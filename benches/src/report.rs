@@ -18,7 +18,7 @@ pub struct Report {
 }
 
 /// The folder that cargo builds in.
-fn target() -> PathBuf {
+pub fn target() -> PathBuf {
     let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("../target");
     std::env::var_os("CARGO_TARGET_DIR").map_or(own, PathBuf::from)
 }

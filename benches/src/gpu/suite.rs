@@ -28,6 +28,9 @@ pub enum Outcome {
 /// A test's name, with its binary's before it, and how it ended.
 pub type Outcomes = BTreeMap<String, Outcome>;
 
+/// What is no test, but what another process does in one.
+pub const BODIES: [&str; 1] = ["::child"];
+
 /// A binary, which of its tests are to run, and what it is told.
 #[derive(Clone, Debug)]
 pub struct Suite {
@@ -37,6 +40,8 @@ pub struct Suite {
     pub binary: PathBuf,
     /// Parts of the names of tests to run; none for all.
     pub filters: Vec<&'static str>,
+    /// Parts of the names of tests that are not to run.
+    pub but: Vec<&'static str>,
     /// Environment.
     pub env: Vec<(String, String)>,
     /// For all of it.
@@ -51,6 +56,7 @@ impl Suite {
     pub fn run(&self, tell: &mut dyn FnMut(&str, &Outcome)) -> Result<Outcomes> {
         let mut child = Command::new(&self.binary)
             .args(&self.filters)
+            .args(self.but.iter().flat_map(|but| ["--skip", but]))
             .args(["--test-threads", "2", "--color", "never"])
             .envs(self.env.iter().map(|(name, value)| (name, value)))
             .stdin(Stdio::null())
@@ -158,6 +164,15 @@ impl Reader {
     }
 }
 
+/// Prints what is not as it should be.
+pub fn tell(name: &str, outcome: &Outcome) {
+    match outcome {
+        Outcome::Passed => {}
+        Outcome::Failed => println!("FAILED  {name}"),
+        Outcome::Skipped(why) => println!("skipped {name}: {why}"),
+    }
+}
+
 /// How many passed, failed and were skipped.
 pub fn count(outcomes: &Outcomes) -> (usize, usize, usize) {
     let of = |what: fn(&Outcome) -> bool| outcomes.values().filter(|outcome| what(outcome)).count();
@@ -200,16 +215,21 @@ pub fn table(outcomes: &Outcomes) -> String {
     lines.join("\n")
 }
 
-/// Builds the test binaries of `kvxfer-cuda` and tells where they are, by name.
+/// Builds the tests of `kvxfer-cuda` that need a driver and tells where they are, by name.
 ///
 /// # Errors
 /// They don't build; cargo said why.
-pub fn build(root: &Path, args: &[&str]) -> Result<BTreeMap<String, PathBuf>> {
+pub fn build(
+    root: &Path,
+    args: &[&str],
+    env: &[(&str, &str)],
+) -> Result<BTreeMap<String, PathBuf>> {
     let output = Command::new(std::env::var_os("CARGO").unwrap_or("cargo".into()))
         .current_dir(root)
-        .args(["test", "--package", "kvxfer-cuda", "--features", "faults", "--locked", "--no-run"])
+        .args(["build", "--locked", "--features", "kvxfer-cuda/faults", "--test", "cuda"])
         .args(["--message-format", "json-render-diagnostics"])
         .args(args)
+        .envs(env.iter().copied())
         .stderr(Stdio::inherit())
         .output()?;
     if !output.status.success() {
@@ -258,6 +278,7 @@ mod tests {
             name: "x",
             binary: "/bin/false".into(),
             filters: Vec::new(),
+            but: Vec::new(),
             env: Vec::new(),
             limit: Duration::from_secs(60),
         };

@@ -5,14 +5,13 @@
 use std::fs;
 use std::os::fd::AsFd;
 use std::os::unix::fs::symlink;
-use std::path::Path;
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
 use kvxfer_cuda::driver::{Copy, CudaError, Device, PeerLink, Priority, Sharing, cuda};
 
 use crate::harness::{
-    Peer, Wire, drain, driver, get, live, on_standin, parent, put, skip, two_devices,
+    Peer, Wire, drain, driver, get, live, on_standin, parent, put, scratch, skip, two_devices,
 };
 
 /// Uses everything once.
@@ -295,7 +294,7 @@ fn a_driver_that_is_not_there_is_an_error() {
         assert_eq!(starts(&[("KVXFER_STANDIN", &standin)]), missing(symbol));
     }
     // Some library that is no driver at all.
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join("no-driver");
+    let folder = scratch().join("no-driver");
     fs::create_dir_all(&folder).unwrap();
     let maps = fs::read_to_string("/proc/self/maps").unwrap();
     let libc = maps.split_whitespace().find(|word| word.ends_with("/libc.so.6")).unwrap();

@@ -9,7 +9,7 @@ mod peer;
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write as _};
 use std::ops::Deref;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
@@ -61,9 +61,15 @@ pub fn skip(why: &str) {
     let _ = writeln!(io::stderr(), "skipped: {why} ({name})");
 }
 
+/// A folder for files: cargo's, or, where this binary was only copied to, the system's.
+pub fn scratch() -> PathBuf {
+    let cargos = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    if cargos.is_dir() { cargos.into() } else { std::env::temp_dir() }
+}
+
 fn lease<T>(exclusive: bool, value: impl FnOnce(Arc<dyn Driver>) -> Option<T>) -> Option<Lease<T>> {
     let driver = driver()?;
-    let path = Path::new(env!("CARGO_TARGET_TMPDIR")).join("cuda.lock");
+    let path = scratch().join("cuda.lock");
     let lock = OpenOptions::new().create(true).truncate(false).write(true).open(path).unwrap();
     let operation =
         if exclusive { FlockOperation::LockExclusive } else { FlockOperation::LockShared };
