@@ -67,6 +67,12 @@ impl Captures {
         Self { active: BTreeMap::new(), last: 0 }
     }
 
+    /// A stream is destroyed while it captures: the capture is broken, or over if it began there.
+    pub(super) fn leave(&mut self, id: u64, stream: StreamId) {
+        self.invalidate(id);
+        self.active.retain(|_, capture| capture.origin != stream);
+    }
+
     fn invalidate(&mut self, id: u64) {
         if let Some(capture) = self.active.get_mut(&id) {
             capture.invalid = true;

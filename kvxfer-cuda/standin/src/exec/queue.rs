@@ -339,7 +339,11 @@ impl Queues {
     pub(super) fn drop_device(&mut self, gpu: Gpu) {
         self.drop_work(gpu);
         self.null.remove(&gpu);
-        self.streams.retain(|_, stream| stream.gpu != gpu);
+        for (id, stream) in self.streams.extract_if(.., |_, stream| stream.gpu == gpu) {
+            if let Some(capture) = stream.capture {
+                self.captures.leave(capture, id);
+            }
+        }
         self.events.retain(|_, event| event.gpu != gpu);
     }
 
@@ -371,6 +375,9 @@ impl Queues {
     pub(super) fn close(&mut self, id: StreamId) {
         if let Some(stream) = self.streams.get_mut(&id) {
             stream.destroyed = true;
+            if let Some(capture) = stream.capture.take() {
+                self.captures.leave(capture, id);
+            }
             stream.counted = None;
         }
         self.settle(id);

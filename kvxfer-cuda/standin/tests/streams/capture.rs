@@ -158,3 +158,19 @@ fn a_capture_waits_for_nothing_outside_it() {
         );
     });
 }
+
+#[test]
+fn a_capture_ends_with_its_stream() {
+    on_standin(&["".into()], || {
+        bind(0);
+        let (engine, side) = (stream(), stream());
+        cu!(cuStreamBeginCapture_v2(engine, GLOBAL));
+        cu!(cuStreamWaitEvent(side, recorded(engine), 0));
+        cu!(cuStreamDestroy_v2(side));
+        assert_eq!(end(engine), CUresult::CUDA_ERROR_STREAM_CAPTURE_INVALIDATED);
+        cu!(cuStreamBeginCapture_v2(engine, GLOBAL));
+        cu!(cuStreamDestroy_v2(engine));
+        // Nothing is forbidden any more.
+        device(8);
+    });
+}

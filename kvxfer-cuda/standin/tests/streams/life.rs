@@ -118,12 +118,16 @@ fn work_that_was_dropped_with_its_device_holds_nobody_up() {
             code!(cuStreamSynchronize(address as _))
         });
         bound.recv().expect("it says so");
+        // By then it waits, or this shows less than it could.
+        std::thread::sleep(Duration::from_millis(20));
+        let start = Instant::now();
         let (mut free, mut total) = (0, 0);
         let failed = CUresult::CUDA_ERROR_LAUNCH_FAILED;
         assert_eq!(code!(cuMemGetInfo_v2(&mut free, &mut total)), failed);
         assert_eq!(code!(cuStreamQuery(stream)), failed);
         // Whoever came before the failure is woken by it, who came after is refused.
         assert_eq!(waiter.join().map_err(drop), Ok(failed));
+        assert!(start.elapsed() < Duration::from_secs(20), "woken by nobody");
     });
 }
 
