@@ -23,7 +23,7 @@ pub fn accounts(folder: &Path) -> Result<Vec<(String, String)>> {
     // What an earlier run left is of processes that are gone.
     let _ = fs::remove_dir_all(folder);
     fs::create_dir_all(folder)?;
-    let standin = format!("devices=2;ledger={}", folder.display());
+    let standin = format!("devices=2;fabric=1;ledger={}", folder.display());
     Ok(vec![("KVXFER_REQUIRE_CUDA".into(), "1".into()), ("KVXFER_STANDIN".into(), standin)])
 }
 
