@@ -5,7 +5,8 @@ use std::time::Duration;
 use kvxfer_core::gc::{AfterRetrieve, GcConfig};
 use kvxfer_core::session::{LoadRequest, PushRange};
 use kvxfer_core::{ClaimId, ErrorKind, LoadId, OfferId, Result};
-use kvxfer_cuda::{Agent as CoreAgent, AgentConfig, KvLayer, Role, default_socket_dir};
+use kvxfer_cuda::driver::EngineStream;
+use kvxfer_cuda::{Agent as CoreAgent, AgentConfig, KvLayer, Memory, Role, default_socket_dir};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
@@ -37,7 +38,7 @@ impl Agent {
     #[pyo3(signature = (*, role, layout, name=String::new(), listen=None, peers=Vec::new(), socket_dir=None,
         buffer_size=1 << 30, segments=8, gc=true, gc_policy="drop", high_watermark=0.9, low_watermark=0.7,
         unclaimed_ttl=60.0, load_timeout=30.0, hold_timeout=30.0, lease=10.0, allow_insecure=false,
-        require_path=None))]
+        require_path=None, memory="host"))]
     #[expect(clippy::too_many_arguments, reason = "keywords, each a documented setting")]
     fn new(
         py: Python<'_>,
@@ -59,6 +60,7 @@ impl Agent {
         lease: f64,
         allow_insecure: bool,
         require_path: Option<String>,
+        memory: &str,
     ) -> PyResult<Self> {
         let role = match role {
             "producer" => Role::Producer,
@@ -71,10 +73,16 @@ impl Agent {
             "keep" => AfterRetrieve::Keep,
             other => return Err(bad("gc_policy", other, "drop or keep")),
         };
+        let memory = match (memory, memory.strip_prefix("cuda:").map(str::parse)) {
+            ("host", _) => Memory::Host,
+            (_, Some(Ok(ordinal))) => Memory::Device(ordinal),
+            _ => return Err(bad("memory", memory, "host or cuda:N")),
+        };
         let defaults = AgentConfig::new(role, layout.0.clone());
         let lease = seconds("lease", lease)?;
         let config = AgentConfig {
             name,
+            memory,
             listen: listen.map(str::parse).transpose().map_err(raise)?,
             peers: peers.iter().map(|peer| peer.parse()).collect::<Result<_>>().map_err(raise)?,
             socket_dir: socket_dir.map_or_else(default_socket_dir, Into::into),
@@ -134,14 +142,30 @@ impl Agent {
         py.detach(|| self.0.begin_step(ranges)).map_err(raise)
     }
 
-    fn layer_ready(&self, py: Python<'_>, layer: u32) -> PyResult<()> {
-        py.detach(|| self.0.layer_ready(layer)).map_err(raise)
+    #[pyo3(signature = (layer, stream=None))]
+    fn layer_ready(&self, py: Python<'_>, layer: u32, stream: Option<u64>) -> PyResult<()> {
+        py.detach(|| match self.stream(stream)? {
+            None => self.0.layer_ready(layer),
+            Some(stream) => self.0.layer_ready_on(layer, &stream),
+        })
+        .map_err(raise)
     }
 
-    fn end_step(&self, py: Python<'_>) -> PyResult<()> {
-        py.detach(|| self.0.end_step()).map_err(raise)
+    #[pyo3(signature = (stream=None))]
+    fn end_step(&self, py: Python<'_>, stream: Option<u64>) -> PyResult<()> {
+        py.detach(|| match self.stream(stream)? {
+            None => self.0.end_step(),
+            Some(stream) => self.0.end_step_on(&stream),
+        })
+        .map_err(raise)
     }
 
+    fn reads_done(&self, py: Python<'_>, stream: u64) -> PyResult<()> {
+        py.detach(|| self.0.reads_done_on(&self.engine_stream(stream)?)).map_err(raise)
+    }
+
+    #[pyo3(signature = (load, claim, first_chunk, chunks, blocks, stream=None))]
+    #[expect(clippy::too_many_arguments, reason = "what a load is, as plain values")]
     fn load(
         &self,
         py: Python<'_>,
@@ -150,11 +174,16 @@ impl Agent {
         first_chunk: u32,
         chunks: u32,
         blocks: Vec<Vec<u8>>,
+        stream: Option<u64>,
     ) -> PyResult<()> {
         let blocks = blocks.iter().map(|ids| words(ids)).collect::<PyResult<_>>()?;
         let request =
             LoadRequest { load: LoadId(load), claim: ClaimId(claim), first_chunk, chunks };
-        py.detach(|| self.0.load(request, blocks)).map_err(raise)
+        py.detach(|| match self.stream(stream)? {
+            None => self.0.load(request, blocks),
+            Some(stream) => self.0.load_on(request, blocks, &stream),
+        })
+        .map_err(raise)
     }
 
     fn poll(&self, py: Python<'_>) -> Vec<Loaded> {
@@ -241,6 +270,18 @@ impl Agent {
         _traceback: &Bound<'_, PyAny>,
     ) -> PyResult<()> {
         self.close(py)
+    }
+}
+
+impl Agent {
+    fn stream(&self, handle: Option<u64>) -> Result<Option<EngineStream>> {
+        handle.map(|handle| self.engine_stream(handle)).transpose()
+    }
+
+    fn engine_stream(&self, handle: u64) -> Result<EngineStream> {
+        // SAFETY: Python's promise, which the stub's documentation states: it is a stream of this agent's GPU, and
+        // alive during the call.
+        unsafe { self.0.engine_stream(handle) }
     }
 }
 

@@ -233,14 +233,14 @@ class Agent:
                 self.step.append((offer_id, chunk, ids, spans))
         world.log.append(("begin", self.rank, len(self.step)))
 
-    def layer_ready(self, layer):
+    def layer_ready(self, layer, stream):
         """Looks at what it was told is ready: tests compare it with what is pushed."""
         assert self.step
         for _, _, ids, spans in self.step:
             self.early.append((layer, ids, spans))
         world.log.append(("layer", self.rank, layer))
 
-    def end_step(self):
+    def end_step(self, stream):
         for offer_id, chunk, ids, spans in self.step:
             offer = self.offers[offer_id]
             offer.handed[chunk] = (ids, spans)
@@ -314,7 +314,7 @@ class Agent:
             return ready, coming, "stalled" if full else "writing"
         return ready, coming, "missing" if world.connected else "no-producer"
 
-    def load(self, load, claim, first_chunk, chunks, blocks):
+    def load(self, load, claim, first_chunk, chunks, blocks, stream):
         if self.closed:
             raise Closed("the agent is closed")
         ids = [struct.unpack(f"<{len(b) // 4}I", b) for b in blocks]

@@ -86,7 +86,15 @@ def kv_cache_config(blocks, groups=1):
 
 
 def vllm_config(
-    model, role, policy="recompute", extra=None, max_tokens=512, caching=True, is_async=False, tp=1
+    model,
+    role,
+    policy="recompute",
+    extra=None,
+    max_tokens=512,
+    caching=True,
+    is_async=False,
+    tp=1,
+    device="cpu",
 ):
     model_config = ModelConfig(
         model=model, skip_tokenizer_init=True, dtype="float32", seed=0, max_model_len=4096
@@ -108,10 +116,13 @@ def vllm_config(
             kv_connector="KvxferConnector",
             kv_connector_module_path="kvxfer.vllm",
             kv_role=role,
+            kv_buffer_device=device,
             kv_load_failure_policy=policy,
             kv_connector_extra_config={"chunk_size": CHUNK, **(extra or {})},
         ),
     )
+    # vLLM's CPU build accepts no other device, and asks no more.
+    config.device_config.device_type = device
     # No worker processes here: the ranks live side by side.
     config.parallel_config.tensor_parallel_size = tp
     return config
@@ -131,10 +142,22 @@ class Rank:
         self.rank = rank
         self.connector = KvxferConnector(config, KVConnectorRole.WORKER, kv)
         names = [name for group in kv.kv_cache_groups for name in group.layer_names]
-        self.memory = torch.full((len(names), kv.num_blocks, 1, BLOCK, WORDS), -1.0)
-        self.caches = {name: self.memory[n] for n, name in enumerate(names)}
+        self.caches = self.tensors(names, kv)
         self.connector.register_kv_caches(self.caches)
         self.layers = names
+
+    def tensors(self, names, kv):
+        self.memory = torch.full((len(names), kv.num_blocks, 1, BLOCK, WORDS), -1.0)
+        return {name: self.memory[n] for n, name in enumerate(names)}
+
+    def before_layer(self, name):
+        """`memory` is about to be written."""
+
+    def after_layer(self, name):
+        """It was."""
+
+    def fetch(self):
+        """`memory` is about to be read by a test."""
 
     @property
     def agent(self):
@@ -144,11 +167,13 @@ class Rank:
 class Engine:
     """An engine without processes: one scheduler, some ranks, steps when the test says so."""
 
-    def __init__(self, model, role, blocks=64, groups=1, tp=1, is_async=False, **options):
+    def __init__(
+        self, model, role, blocks=64, groups=1, tp=1, is_async=False, rank_type=Rank, **options
+    ):
         self.config = vllm_config(model, role, is_async=is_async, tp=tp, **options)
         self.config.cache_config.num_gpu_blocks = blocks
         self.kv = kv_cache_config(blocks, groups)
-        self.ranks = [Rank(self.config, self.kv, rank) for rank in range(tp)]
+        self.ranks = [rank_type(self.config, self.kv, rank) for rank in range(tp)]
         self.config.parallel_config.rank = 0
         init_none_hash(sha256)
         self.hasher = get_request_block_hasher(BLOCK, sha256)
@@ -205,6 +230,7 @@ class Engine:
         block_ids = self.scheduler.kv_cache_manager.get_block_ids(request_id)
         expected = expected_kv(request.all_token_ids[:tokens])
         for rank in self.ranks:
+            rank.fetch()
             for row in self.kv_of(rank.rank, block_ids, tokens):
                 assert torch.equal(row[start:], expected[start:]), f"rank {rank.rank} has wrong KV"
 
@@ -270,7 +296,9 @@ class Engine:
         connector.bind_connector_metadata(output.kv_connector_metadata)
         try:
             for n, name in enumerate(rank.layers if plan else ()):
+                rank.before_layer(name)
                 self._layer(rank, n, plan)
+                rank.after_layer(name)
                 connector.save_kv_layer(name, rank.caches[name], None)
                 if self.fail_forward:
                     raise RuntimeError("the forward failed")

@@ -132,9 +132,17 @@ class Agent:
         lease: float = 10.0,
         allow_insecure: bool = False,
         require_path: str | None = None,
+        memory: str = "host",
     ) -> Self:
         """`role`: "producer", "consumer" or "both". `listen` and `peers`: "host:port" or
-        "unix:/path". `gc_policy`: "drop" (after retrieve) or "keep". Times are seconds."""
+        "unix:/path". `gc_policy`: "drop" (after retrieve) or "keep". `memory`: where the
+        engine's KV is, and so the pool: "host", or "cuda:N". Times are seconds.
+
+        With `memory` on a GPU, addresses are the GPU's, and `layer_ready`, `end_step` and `load`
+        need the handle of the `stream` that the engine computes on (`torch.cuda.Stream`'s
+        `cuda_stream`; it has to live during the call): what is queued there by then is done
+        before its blocks are read or written. The calls wait for nothing. While the stream is
+        captured into a graph they are refused."""
     @property
     def address(self) -> str:
         """The Unix address at which observers of this engine connect."""
@@ -151,12 +159,22 @@ class Agent:
 
         The offer may still be on its way from the observer. A chunk that is not wanted, or was
         withdrawn meanwhile, is not read, and is reported as pushed like any other."""
-    def layer_ready(self, layer: int) -> None:
+    def layer_ready(self, layer: int, stream: int | None = None) -> None:
         """That flat layer of this step's ranges may be read. An optimisation: may be skipped."""
-    def end_step(self) -> None:
+    def end_step(self, stream: int | None = None) -> None:
         """All layers of this step's ranges may be read, until they are reported as pushed."""
+    def reads_done(self, stream: int) -> None:
+        """For engines that write to blocks again before they are reported as pushed: what comes
+        into the stream from now on runs after all reads that have begun, and those that have not
+        are given up, with their chunks."""
     def load(
-        self, load: int, claim: int, first_chunk: int, chunks: int, blocks: Sequence[bytes]
+        self,
+        load: int,
+        claim: int,
+        first_chunk: int,
+        chunks: int,
+        blocks: Sequence[bytes],
+        stream: int | None = None,
     ) -> None:
         """Copies claimed chunks into the engine's blocks, those still on their way as they come.
 

@@ -122,13 +122,6 @@ def _choice(*names: str) -> Callable[[Any], str]:
     return parse
 
 
-def _buffer_device(value: Any) -> str:
-    device = _choice("cpu", "cuda")(value)
-    if device == "cuda":
-        raise ValueError("is not there yet: the pool is in host memory; write cpu")
-    return device
-
-
 def _key(
     parse: Callable[[Any], Any],
     default: Any,
@@ -195,11 +188,13 @@ class Config:
         "Consumer: into how many equal parts the pool is cut. One producer writes to a part at a "
         "time, so take at least as many as there are producers.",
     )
-    buffer_device: str = _key(
-        _buffer_device,
-        "cpu",
-        "Where the pool is. Only cpu for now.",
+    buffer_device: str | None = _key(
+        _choice("cpu", "cuda"),
+        None,
+        "Where the pool is: where the engine keeps its KV, so cuda on a GPU and cpu otherwise. "
+        "Only to be checked, as is vLLM's own `kv_buffer_device`.",
         "nixlBufferDevice nixl_buffer_device LMCACHE_NIXL_BUFFER_DEVICE",
+        "where the KV is",
     )
     enable_gc: bool = _key(
         _flag,
@@ -257,7 +252,7 @@ class Config:
         _text, "0", "Part of the keys: KV computed with other weights is never matched."
     )
     require_path: str | None = _key(
-        _choice("local", "shm"),
+        _choice("local", "shm", "cuda_ipc"),
         None,
         "Refuse a peer rather than reach it by another path.",
         shown="the best there is",

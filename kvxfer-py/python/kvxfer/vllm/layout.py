@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -62,13 +61,12 @@ class Geometry:
         """Bytes of a full chunk in all layers."""
         return sum(self.chunk_tokens // tokens * sum(layers) for tokens, layers in self.groups)
 
-    def default_buffer(self, max_model_len: int, segments: int) -> int:
+    def default_buffer(self, max_model_len: int, segments: int, memory: int) -> int:
         """Room for two of the longest prompts, so that one can arrive while one is loaded; but
-        not more than a quarter of the machine's memory. Whole chunks in each of the segments
-        that the agent cuts the pool into."""
+        not more than a quarter of the `memory` bytes that there are. Whole chunks in each of the
+        segments that the agent cuts the pool into."""
         step = segments * self.chunk_bytes
         wanted = math.ceil(2 * math.ceil(max_model_len / self.chunk_tokens) / segments)
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return max(1, min(wanted, memory // 4 // step)) * step
 
 
@@ -176,18 +174,20 @@ def _digest(hf_config: Any) -> str:
 
 
 def memory_of(
-    kv: "KVCacheConfig", caches: "Mapping[str, torch.Tensor]"
+    kv: "KVCacheConfig", caches: "Mapping[str, torch.Tensor]", device: str
 ) -> list[tuple[int, int, int]]:
-    """For each flat layer: the address of block 0, the number of blocks, the stride in bytes."""
+    """For each flat layer: the address of block 0, the number of blocks, the stride in bytes.
+
+    All of it has to be on `device`: "cpu", or "cuda:N"."""
     placed = {name: tensor for tensor in kv.kv_cache_tensors for name in tensor.layers}
     memory = []
     for group in kv.kv_cache_groups:
         for layer in group.layer_names:
             cache, size = caches[layer], _layer_spec(group, layer).page_size_bytes
-            if cache.device.type != "cpu":
+            if str(cache.device) != device:
                 raise ConfigError(
-                    f"layer {layer} keeps its KV on {cache.device}; kvxfer moves KV in host "
-                    "memory only, for now: run vLLM on a CPU"
+                    f"layer {layer} keeps its KV on {cache.device}, and the others of this rank "
+                    f"on {device}: kvxfer moves the KV of one device; turn KV offloading off"
                 )
             stride = placed[layer].block_stride
             storage = cache.untyped_storage()

@@ -14,6 +14,7 @@ from vllm.logger import init_logger
 
 from kvxfer import Agent, KvxferError
 from kvxfer.config import Config
+from kvxfer.vllm.device import HOST, current_stream, memory_bytes, place
 from kvxfer.vllm.layout import describe, layer_names, memory_of
 from kvxfer.vllm.metadata import Handshake, Load, StepMetadata
 
@@ -56,10 +57,13 @@ class WorkerHalf:
         rank = parallel.rank
         # Data-parallel engines have the same configuration and must not share a port.
         port_offset = rank + parallel.data_parallel_index * parallel.world_size
+        self._memory = place(config, vllm_config)
         buffer_size = 0
         if config.consumes:
             buffer_size = config.buffer_size or self._geometry.default_buffer(
-                vllm_config.model_config.max_model_len, config.segments
+                vllm_config.model_config.max_model_len,
+                config.segments,
+                memory_bytes(self._memory),
             )
             chunks = buffer_size // self._geometry.chunk_bytes
             logger.info(
@@ -76,6 +80,7 @@ class WorkerHalf:
             listen=config.listen_at(port_offset),
             peers=config.peers_of(port_offset),
             socket_dir=config.socket_dir,
+            memory=self._memory,
             buffer_size=buffer_size,
             segments=config.segments,
             gc=config.enable_gc,
@@ -92,7 +97,8 @@ class WorkerHalf:
 
     def register(self, caches: "Mapping[str, torch.Tensor]") -> None:
         """The KV caches are allocated."""
-        self._agent.register(memory_of(self._kv_cache_config, caches))
+        device = "cpu" if self._memory == HOST else self._memory
+        self._agent.register(memory_of(self._kv_cache_config, caches, device))
         # The agent has bare addresses: the memory must not go before it.
         self._caches = dict(caches)
 
@@ -112,7 +118,7 @@ class WorkerHalf:
             layer = self._layers.get(name)
             # None: the layer shares the KV of another one.
             if layer is not None:
-                self._tell(self._agent.layer_ready, layer)
+                self._tell(self._agent.layer_ready, layer, self._stream())
 
     def end(self) -> None:
         """The forward is over: what the hooks did not name is ready as well."""
@@ -121,7 +127,11 @@ class WorkerHalf:
         self._step_open = False
         # vLLM's runner calls this in a `finally`. KV of a forward that raised is not KV.
         if sys.exc_info()[0] is None:
-            self._tell(self._agent.end_step)
+            self._tell(self._agent.end_step, self._stream())
+
+    def _stream(self) -> int | None:
+        """What the engine has queued there is done before its KV is read, or written over."""
+        return current_stream(self._memory)
 
     def _tell(self, call: Callable[..., None], *args: object) -> bool:
         """Whether the agent took it. One that does not is gone or stuck: it reads nothing more,
@@ -141,7 +151,12 @@ class WorkerHalf:
             if failure is None:
                 try:
                     self._agent.load(
-                        load.id, load.claim, load.first_chunk, load.chunks, load.blocks
+                        load.id,
+                        load.claim,
+                        load.first_chunk,
+                        load.chunks,
+                        load.blocks,
+                        self._stream(),
                     )
                 except KvxferError as error:
                     failure = str(error)
