@@ -96,9 +96,11 @@ python: ## the wheel, ruff, mypy, the stubs against the binary, and the Python t
 	"$$python" -m mypy --config-file kvxfer-py/pyproject.toml kvxfer-py/python examples/disaggregated-prefill examples/python kvxfer-py/tests/engines
 	"$$python" -m mypy --strict kvxfer-cuda/kernels
 	"$$python" -m mypy.stubtest kvxfer._kvxfer
-	$(call say,python: tests without engines)
+	$(call say,python: tests without engines; KV on a GPU is on the stand-in for its driver)
 	config=kvxfer-py/pyproject.toml
-	"$$python" -m pytest -c $$config -m "not e2e" -q kvxfer-py/tests
+	standin=$$(kvxfer-cuda/standin/build)
+	LD_LIBRARY_PATH="$$standin$${LD_LIBRARY_PATH:+:$$LD_LIBRARY_PATH}" KVXFER_REQUIRE_CUDA=1 \
+		"$$python" -m pytest -c $$config -m "not e2e" -q kvxfer-py/tests
 	"$$python" -m pytest -c $$config -q examples/disaggregated-prefill
 
 examples: ## the examples of the README, in Rust and in Python
