@@ -255,6 +255,5 @@ fn a_chunk_of_which_a_layer_is_missing_is_given_up_with_its_blocks() {
     p.begin(9, 0, 1);
     p.producer.void();
     p.end();
-    p.offer(9, "b");
-    assert_eq!(p.granted(1, 9, 0, 2), [""; 0]);
+    assert_eq!(p.offer(9, "b"), ["1> offer 9 of 1", "1> withdraw 9: 0", "0> pushed 9: 0"]);
 }

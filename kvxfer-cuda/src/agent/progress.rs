@@ -298,6 +298,8 @@ impl Progress {
             }
             Command::Load(request, blocks, event) => self.load(now, request, blocks, event),
             Command::Void(shut) => {
+                // What was decided before is among what is voided.
+                self.perform(now);
                 if let (Some(pushes), Some(producer)) = (&mut self.pushes, &mut self.producer) {
                     producer.void();
                     pushes.void(shut, producer);

@@ -12,4 +12,5 @@ mod faults;
 mod harness;
 mod objects;
 mod orders;
+mod pair;
 mod two_process;

@@ -319,6 +319,7 @@ impl Producer {
         let consumers = self.consumers.len();
         let sources = self.step.claim_early(observer, id, count);
         let held = sources.iter().any(Source::is_held);
+        let void: Vec<bool> = sources.iter().map(Source::is_void).collect();
         let offer = Offer {
             observer,
             request: request.into(),
@@ -332,6 +333,9 @@ impl Producer {
         self.offers.insert(id, offer);
         for index in 0..consumers {
             self.tell(index, id);
+            if void.contains(&true) {
+                self.withdraw_chunks(index, id, |chunk| void[chunk]);
+            }
         }
         if consumers == 0 {
             self.done.insert(id, (0..count as u32).collect());

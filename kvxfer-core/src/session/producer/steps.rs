@@ -62,9 +62,21 @@ pub(super) struct Source {
     since: Option<Time>,
     /// The step that computes it; `None` once that step has ended.
     step: Option<u64>,
+    /// It was named, and written to again before it was read.
+    void: bool,
 }
 
 impl Source {
+    fn voided(&mut self) {
+        if self.is_held() {
+            *self = Self { void: true, ..Self::default() };
+        }
+    }
+
+    pub(super) fn is_void(&self) -> bool {
+        self.void
+    }
+
     pub(super) fn is_held(&self) -> bool {
         self.blocks.is_some()
     }
@@ -150,7 +162,8 @@ impl Producer {
         for PushRange { offer: id, first_chunk, blocks } in ranges {
             for (chunk, blocks) in (first_chunk..).zip(blocks) {
                 let step = Some(self.step.number);
-                let source = Source { blocks: Some(blocks), since: Some(now), step };
+                let (blocks, since) = (Some(blocks), Some(now));
+                let source = Source { blocks, since, step, void: false };
                 self.step.chunks.push((id, chunk));
                 match self.offers.get_mut(&id) {
                     Some(offer) => {
@@ -203,7 +216,8 @@ impl Producer {
     pub fn void(&mut self) {
         self.step.open = false;
         self.step.chunks.clear();
-        self.step.early.clear();
+        // Their offers are on the way.
+        self.step.early.values_mut().flatten().for_each(|(_, source)| source.voided());
         let offers: Vec<OfferId> = self.offers.keys().copied().collect();
         for id in offers {
             for index in 0..self.consumers.len() {
@@ -220,7 +234,7 @@ impl Producer {
                 self.withdraw_chunks(index, id, |chunk| gone[chunk]);
             }
             if let Some(offer) = self.offers.get_mut(&id) {
-                offer.sources.fill(Source::default());
+                offer.sources.iter_mut().for_each(Source::voided);
             }
         }
         self.settle();
