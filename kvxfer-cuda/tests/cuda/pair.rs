@@ -317,6 +317,7 @@ fn a_load_begins_behind_the_engines_stream() {
     });
     assert_eq!(pair.decode.load(claim, &prompt, &to).result, Ok(()));
     opener.join().unwrap();
+    drain(&pair.decode.stream);
     assert!(pair.decode.holds(&prompt, &to));
 }
 
