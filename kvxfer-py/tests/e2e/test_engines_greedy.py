@@ -66,15 +66,16 @@ def test_one_token_loads_nothing(pair: Pair, prompt: Prompt) -> None:
 
 def test_two_equal_prompts_in_one_step(pair: Pair, prompt: Prompt) -> None:
     # The second is told that the first's blocks are computed before they are written.
-    ids = prompt(300, 21)
-    single = pair.single([ids], NEW)
+    # Of 16 such prompts, 11 are answered otherwise in bfloat16 when they are alone in their steps;
+    # this one from the 4th token on.
+    ids = prompt(300, 32)
     got = pair.through([ids, ids], NEW)
-    expected = single()
-    # Together, the last tokens are not computed alone: see `Pair.single`.
-    enough = NEW if pair.decode.config.dtype == "float32" else 1
-    assert [tokens[:enough] for tokens in got.tokens] == [expected[0][:enough]] * 2
-    assert len(ids) <= got.external_tokens <= 2 * len(ids)
-    assert got.copied_bytes >= pair.block_bytes(len(ids))
+    assert max(map(len, got.run.batches)) == 2, "decode never had both in one step"
+    assert got.tokens == pair.single_batch([ids, ids], NEW, got.run)
+    # The second may find whole blocks of the first in decode's own cache.
+    second = got.external_tokens - len(ids)
+    assert 0 <= second <= len(ids)
+    assert got.copied_bytes == pair.block_bytes(len(ids)) + pair.block_bytes(second)
     pair.at_rest()
 
 

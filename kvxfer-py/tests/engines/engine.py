@@ -16,6 +16,9 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+# For each step that computed something: which prompt, by its number, and how many of its tokens.
+Batches = list[list[tuple[int, int]]]
+
 
 class Engine:
     """The calls a parent can make, one method each."""
@@ -37,37 +40,74 @@ class Engine:
         self.core: Any = self.engine.engine_core.engine_core
         self.scheduler: Any = self.core.scheduler
         self.budget = int(self.scheduler.max_num_scheduled_tokens)
-        self.last_alone = False
         self.steps = 0
+        self.batches: list[dict[str, int]] = []
         self.outputs: dict[str, dict[str, Any]] = {}
         self.serial = 0
+        self._record_batches()
 
     # Requests
 
     def ask(
-        self, prompts: list[list[int]], max_tokens: int, seconds: float, last_alone: bool = False
+        self,
+        prompts: list[list[int]],
+        max_tokens: int,
+        seconds: float,
+        batches: Batches | None = None,
     ) -> dict[str, Any]:
         """Runs prompts together, from the same first step on, until all are answered.
 
-        `last_alone`: the last token of a prompt is computed in a step of its own.
+        With `batches`, those of another engine, in the same batches: what of a prompt is in none
+        of them is computed before.
         """
-        requests = [self.submit(prompt, max_tokens) for prompt in prompts]
-        self.last_alone = last_alone
-        try:
-            return self.answers(requests, seconds)
-        finally:
-            self.last_alone = False
+        if batches is None:
+            requests = [self.submit(prompt, max_tokens) for prompt in prompts]
+        else:
+            requests = self._replay(prompts, max_tokens, batches)
+        return self.answers(requests, seconds)
 
     def answers(self, requests: list[str], seconds: float) -> dict[str, Any]:
         """Steps until these requests are answered."""
         began, cpu, steps = time.monotonic(), time.process_time(), self.steps
+        batches = len(self.batches)
         self._step_while(lambda: any(not self.outputs[r]["finished"] for r in requests), seconds)
         return {
             "answers": [self.outputs.pop(r) for r in requests],
+            "batches": [
+                [(requests.index(r), tokens) for r, tokens in batch.items() if r in requests]
+                for batch in self.batches[batches:]
+            ],
             "steps": self.steps - steps,
             "seconds": time.monotonic() - began,
             "cpu_seconds": time.process_time() - cpu,
         }
+
+    def _replay(self, prompts: list[list[int]], max_tokens: int, batches: Batches) -> list[str]:
+        """Runs exactly these batches, and leaves the requests running."""
+        requests, held = [], []
+        for number, prompt in enumerate(prompts):
+            left = next(tokens for batch in batches for n, tokens in batch if n == number)
+            # Without the local cache, it is known beforehand how much there is to compute.
+            requests.append(self.submit(prompt, max_tokens, read_cache=False))
+            held.append(self._compute_but(left, requests[-1]))
+        for batch in batches:
+            self.scheduler.running = [held[number] for number, _ in batch]
+            self.step()
+            expected = {requests[number]: tokens for number, tokens in batch}
+            assert self.batches[-1] == expected, "not the batch it was to be"
+        self.scheduler.running = [request for request in held if not request.is_finished()]
+        return requests
+
+    def _compute_but(self, left: int, name: str) -> Any:
+        """Computes a prompt but for its last tokens and sets the request aside: the scheduler
+        goes by its list of running requests, and knows all others as well."""
+        (request,) = (r for r in self.scheduler.requests.values() if _outer(r.request_id) == name)
+        while (more := request.num_prompt_tokens - request.num_computed_tokens - left) > 0:
+            self.scheduler.max_num_scheduled_tokens = min(self.budget, more)
+            self.step()
+        self.scheduler.max_num_scheduled_tokens = self.budget
+        self.scheduler.running = []
+        return request
 
     def rest(self, seconds: float) -> None:
         """Steps as the server's loop does, until the engine would go to sleep.
@@ -79,15 +119,20 @@ class Engine:
     def ask_each(
         self, prompts: list[list[int]], max_tokens: int, seconds: float, last_alone: bool
     ) -> list[list[int]]:
-        """Runs prompts one by one, each as if it were the first."""
+        """Runs prompts one by one, each as if it were the first.
+
+        `last_alone`: the last token of a prompt is computed in a step of its own.
+        """
         answers = []
         for prompt in prompts:
             assert self.reset_prefix_cache()
-            run = self.ask([prompt], max_tokens, seconds, last_alone)
+            # Of a single token, nothing is left to be computed before.
+            batches = [[(0, 1)]] if last_alone and len(prompt) > 1 else None
+            run = self.ask([prompt], max_tokens, seconds, batches)
             answers.append(run["answers"][0]["tokens"])
         return answers
 
-    def submit(self, prompt: list[int], max_tokens: int) -> str:
+    def submit(self, prompt: list[int], max_tokens: int, read_cache: bool = True) -> str:
         """Adds a request without stepping; its id."""
         from vllm import SamplingParams
 
@@ -98,6 +143,7 @@ class Engine:
             max_tokens=max_tokens,
             ignore_eos=True,
             detokenize=False,
+            skip_reading_prefix_cache=not read_cache,
         )
         self.outputs[request_id] = {"tokens": [], "finished": None}
         self.engine.add_request(request_id, {"prompt_token_ids": prompt}, sampling)
@@ -114,29 +160,15 @@ class Engine:
         """`count` engine steps, whether there is anything to do or not."""
         for _ in range(count):
             self.steps += 1
-            self.scheduler.max_num_scheduled_tokens = self._budget()
-            scheduled = self._computed()
+            before = len(self.batches)
             for output in self.engine.step():
                 known = self.outputs[output.request_id]
                 known["tokens"] = list(output.outputs[0].token_ids)
                 if output.finished:
                     known["finished"] = output.outputs[0].finish_reason
             # What `EngineCore._process_engine_step` does when nothing was executed.
-            if self._computed() == scheduled and self.scheduler.has_requests():
+            if len(self.batches) == before and self.scheduler.has_requests():
                 time.sleep(0.001)
-
-    def _budget(self) -> int:
-        """Tokens the next step may compute."""
-        left = [r.num_prompt_tokens - r.num_computed_tokens for r in self._requests()]
-        if self.last_alone and any(n > 1 for n in left):
-            return int(min(self.budget, max(left) - 1))
-        return self.budget
-
-    def _requests(self) -> list[Any]:
-        return list(self.scheduler.requests.values())
-
-    def _computed(self) -> int:
-        return sum(r.num_computed_tokens for r in self._requests())
 
     def abort(self, request: str) -> None:
         """Aborts a submitted request, as a client that hangs up does."""
@@ -182,6 +214,19 @@ class Engine:
 
     # Hooks
 
+    def _record_batches(self) -> None:
+        """Keeps what each step with a forward computes: tokens by request, in their order."""
+        schedule = self.scheduler.schedule
+
+        def scheduled(*args: Any, **more: Any) -> Any:
+            step = schedule(*args, **more)
+            if step.num_scheduled_tokens:
+                tokens = step.num_scheduled_tokens
+                self.batches.append({_outer(r): tokens[r] for r in tokens})
+            return step
+
+        self.scheduler.schedule = scheduled
+
     def _connector(self) -> Any:
         """The worker half, where there is a connector."""
         from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
@@ -225,6 +270,11 @@ class Engine:
             finish()
 
         connector.save_kv_layer, connector.wait_for_save = save_perturbed, finish_perturbed
+
+
+def _outer(request_id: str) -> str:
+    """The id a request was submitted with: vLLM adds a dash and random characters."""
+    return request_id.rpartition("-")[0]
 
 
 def run() -> None:

@@ -18,6 +18,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from .engine import Batches
+
 CHILD = Path(__file__).with_name("engine.py")
 TREE = Path(__file__).resolve().parents[3]
 LOGS = TREE / "target" / "logs"
@@ -52,6 +54,7 @@ class Run:
     """What several prompts got together, and what it cost the engine."""
 
     answers: list[Answer]
+    batches: Batches
     steps: int
     seconds: float
     cpu_seconds: float
@@ -240,14 +243,14 @@ class Engine:
         prompts: list[list[int]],
         max_tokens: int,
         seconds: float = CALL_SECONDS,
-        last_alone: bool = False,
+        batches: Batches | None = None,
     ) -> Run:
         """Runs prompts together, from the same first step on, until all are answered.
 
-        `last_alone`: the last token of a prompt is computed in a step of its own.
+        With `batches`, those of another engine's run, in the same ones.
         """
         # The engine gives up first, and can say in which state.
-        args = {"prompts": prompts, "max_tokens": max_tokens, "last_alone": last_alone}
+        args = {"prompts": prompts, "max_tokens": max_tokens, "batches": batches}
         self.start("ask", **args, seconds=seconds - 5)
         return self._run(seconds)
 
@@ -270,15 +273,9 @@ class Engine:
         self.start_rest(seconds)
         self.finish(seconds)
 
-    def one(
-        self,
-        prompt: list[int],
-        max_tokens: int,
-        seconds: float = CALL_SECONDS,
-        last_alone: bool = False,
-    ) -> list[int]:
+    def one(self, prompt: list[int], max_tokens: int, seconds: float = CALL_SECONDS) -> list[int]:
         """The tokens one prompt gets; an error when it got none."""
-        (answer,) = self.ask([prompt], max_tokens, seconds, last_alone).answers
+        (answer,) = self.ask([prompt], max_tokens, seconds).answers
         self.rest(seconds)
         if answer.finished != "length":
             raise self._failed(f"the request ended with {answer.finished!r}")

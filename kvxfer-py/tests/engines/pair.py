@@ -136,6 +136,16 @@ class Pair:
         self.reference.start("ask_each", **args, seconds=CALL_SECONDS - 5)
         return self.reference.finish
 
+    def single_batch(self, prompts: Prompts, max_tokens: int, like: Run) -> list[list[int]]:
+        """What a single engine answers to prompts that ran together, in the very same batches.
+
+        In bfloat16 two rows round otherwise than one, too: see `single`.
+        """
+        self.reference.settle()
+        assert self.reference.call("reset_prefix_cache")
+        run = self.reference.ask(prompts, max_tokens, batches=like.batches)
+        return [answer.tokens for answer in run.answers]
+
     def through(self, prompts: Prompts, max_tokens: int) -> Through:
         """As a router does it: all to the prefill engine for one token, then all to decode.
 
