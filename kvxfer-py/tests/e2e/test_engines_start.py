@@ -4,7 +4,7 @@ import socket
 from pathlib import Path
 
 import pytest
-from engines.harness import Config, EngineFailed, Fleet
+from engines.harness import Config, Engine, Fleet, free_port
 from engines.models import tiny_model
 from engines.pair import MakePair, Pair, assert_at_rest, tiny_prompt, until
 
@@ -78,8 +78,37 @@ def test_noise_on_the_control_port(tiny_pair: Pair, noise: bytes) -> None:
     tiny_pair.at_rest()
 
 
-def test_a_misspelt_key_stops_the_start(engines: Fleet, tiny: Path) -> None:
-    config = Config(tiny, role="kv_consumer", extra={"bufer_size": "1GiB"})
-    engine = engines.launch("start-misspelt", config)
-    with pytest.raises(EngineFailed, match="did you mean buffer_size"):
-        engine.ready()
+MISTAKES = {
+    "unknown key": (
+        {"bufer_size": "1GiB"},
+        "unknown key bufer_size = '1GiB'; did you mean buffer_size?",
+    ),
+    "unparsable size": (
+        {"buffer_size": "1 Gigglebyte"},
+        "buffer_size = '1 Gigglebyte' is not a size; write bytes or a unit, as in 1073741824",
+    ),
+    "contradicting role": (
+        {"role": "producer"},
+        "role = 'producer' contradicts kv_role kv_consumer; remove it, or set kv_role to "
+        "kv_producer",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def mistaken(engines: Fleet, tiny: Path) -> dict[str, Engine]:
+    """Engines with a mistake each, which start side by side."""
+
+    def launch(mistake: str, extra: dict[str, str]) -> Engine:
+        config = Config(tiny, role="kv_consumer", extra=extra | {"peer_port": free_port()})
+        return engines.launch(f"start-{mistake.replace(' ', '-')}", config)
+
+    return {mistake: launch(mistake, extra) for mistake, (extra, _) in MISTAKES.items()}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_the_configuration_stops_the_start(
+    mistaken: dict[str, Engine], mistake: str
+) -> None:
+    _, error_and_fix = MISTAKES[mistake]
+    assert error_and_fix in mistaken[mistake].refused()

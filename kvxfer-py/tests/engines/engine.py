@@ -277,8 +277,8 @@ def _outer(request_id: str) -> str:
     return request_id.rpartition("-")[0]
 
 
-def run() -> None:
-    """One engine, from its first line to the end of its pipe."""
+def run() -> int:
+    """One engine, from its first line to the end of its pipe; its exit status."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     commands = os.fdopen(os.dup(0))
@@ -291,7 +291,7 @@ def run() -> None:
     except Exception as error:
         traceback.print_exc()
         answer(error=f"{type(error).__name__}: {error}")
-        return
+        return 1
     answer(ok=engine.stats())
     for line in commands:
         request = json.loads(line)
@@ -302,10 +302,11 @@ def run() -> None:
             answer(error=f"{type(error).__name__}: {error}")
     # The parent closed the pipe: the orderly end.
     engine.core.shutdown()
+    return 0
 
 
-def nursery(orders: socket.socket) -> None:
-    """Imports vLLM once and forks an engine for each order.
+def nursery(orders: socket.socket) -> int:
+    """Imports vLLM once and forks an engine for each order. Returns in each of them, too.
 
     An order is the JSON of its environment, with its stdin, stdout and log as descriptors; the
     answer is its process id. vLLM forks its workers the same way.
@@ -317,7 +318,7 @@ def nursery(orders: socket.socket) -> None:
     while True:
         order, pipes, _, _ = socket.recv_fds(orders, 1 << 16, 3)
         if not order:
-            return
+            return 0
         pid = os.fork()
         if pid == 0:
             break
@@ -326,16 +327,18 @@ def nursery(orders: socket.socket) -> None:
         # Never waited for: as a zombie it keeps its id, so that a late signal hits nobody else.
         orders.sendall(str(pid).encode())
     orders.close()
+    # What it leaves behind can be told by its session.
+    os.setsid()
     for number, pipe in enumerate(pipes):
         os.dup2(pipe, number)
         os.close(pipe)
     os.environ.update(json.loads(order))
-    run()
+    return run()
 
 
 if __name__ == "__main__":
-    nursery(socket.socket(fileno=int(sys.argv[1])))
+    status = nursery(socket.socket(fileno=int(sys.argv[1])))
     sys.stdout.flush()
     sys.stderr.flush()
     # Python's own end takes seconds with everything that vLLM imports, and tests nothing of ours.
-    os._exit(0)
+    os._exit(status)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from .engine import Batches
+from .processes import exit_code, in_session
 
 CHILD = Path(__file__).with_name("engine.py")
 TREE = Path(__file__).resolve().parents[3]
@@ -175,6 +176,17 @@ class Engine:
             self.kill()
             raise
         return self
+
+    def refused(self) -> str:
+        """Waits for a start that is to fail; why it did. By then nothing of the engine is left."""
+        try:
+            self.finish(START_SECONDS)
+        except EngineFailed as error:
+            assert self._ended(STOP_SECONDS), f"{self.name} does not end"
+            assert exit_code(self.pid) == 1, f"{self.name} did not end by itself, as a failure"
+            assert in_session(self.pid) == [], f"{self.name} left processes behind"
+            return str(error)
+        raise AssertionError(f"{self.name} started")
 
     @property
     def alive(self) -> bool:
