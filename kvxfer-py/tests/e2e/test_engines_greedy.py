@@ -23,8 +23,14 @@ def setting(
     if request.param.startswith("tiny"):
         yield shared_pair, tiny_prompt
         return
+    # Leave to write ends after the one, and blocks are kept for the other: on a busy machine, the
+    # step of the longest prompt takes more than their 30 s.
+    patient = {"load_timeout": 120, "hold_timeout": 120}
     config = Config(
-        smollm2, dtype="bfloat16", extra={"buffer_size": "192MiB"}, max_tokens_per_step=2048
+        smollm2,
+        dtype="bfloat16",
+        extra=patient | {"buffer_size": "192MiB"},
+        max_tokens_per_step=2048,
     )
     reference = engines.launch("smollm2-reference", config.alone())
     pair = Pair(engines, reference, "smollm2", config).ensure()
