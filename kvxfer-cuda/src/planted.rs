@@ -14,6 +14,10 @@ pub(crate) enum Bug {
     ReadEventMissing,
     /// Copies are reported as done when they were started.
     DoneBeforeCompletion,
+    /// A chunk's pages are let go while its layers are still being loaded.
+    PageFreedEarly,
+    /// A segment counts as let go while posts to it are under way.
+    SegmentHandedOnEarly,
 }
 
 #[cfg(kvxfer_planted)]

@@ -20,6 +20,7 @@ use super::overlap::Overlap;
 use crate::device::{Copier, DevicePool, DeviceRegions, Done, Span};
 use crate::driver::{Device, Mapped, PeerLink, Uuid};
 use crate::memory::inside;
+use crate::planted::{Bug, planted};
 
 /// The transport's name.
 pub const NAME: &str = "cuda_ipc";
@@ -158,11 +159,13 @@ impl Transport for CudaIpc {
 
     fn holds(&self, peer: Incarnation, segment: Option<SegmentId>) -> bool {
         let named = |id: SegmentId| segment.is_none_or(|segment| segment == id);
+        let writes = |post: &Posted| {
+            post.peer == peer
+                && post.into.iter().any(|&(id, _)| named(id))
+                && !planted(Bug::SegmentHandedOnEarly)
+        };
         self.segments.keys().any(|&(owner, id)| owner == peer && named(id))
-            || self
-                .posts
-                .values()
-                .any(|post| post.peer == peer && post.into.iter().any(|&(id, _)| named(id)))
+            || self.posts.values().any(writes)
     }
 
     fn post(&mut self, post: Post<'_>) -> Result<()> {

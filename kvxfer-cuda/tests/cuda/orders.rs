@@ -3,13 +3,17 @@
 //! A build with `--cfg kvxfer_planted` runs each of them again with the bug that it is there to find: then
 //! it has to fail.
 
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
-use kvxfer_cuda::device::CopierConfig;
+use kvxfer_core::transport::{Post, Transport, Write};
+use kvxfer_core::{Incarnation, PostId, SegmentId};
+use kvxfer_cuda::device::{Copier, CopierConfig, DevicePool, DeviceRegions};
 use kvxfer_cuda::driver::{Buffer, Device, Priority};
+use kvxfer_cuda::transport::{CudaIpc, cuda_ipc};
 
 use crate::copier::{BATCH, KERNEL, Rig, event, span, sum};
-use crate::harness::{Gate, device, finish, get, put};
+use crate::harness::{DEADLINE, Gate, device, drain, finish, get, put};
 
 const LEN: u64 = 1 << 16;
 /// How long what must not happen is watched for. With the bug it happens at once.
@@ -107,6 +111,60 @@ fn nothing_is_done_before_its_copies_are() {
     }
 }
 
+/// The agent says that a segment is let go when the transport holds nothing of it; then its owner gives it to
+/// another writer.
+#[test]
+fn a_segment_changes_hands_when_nothing_writes_to_it() {
+    const PEER: Incarnation = Incarnation([7; 16]);
+    const ID: SegmentId = SegmentId(0);
+    let device = device!();
+    for config in [KERNEL, BATCH] {
+        let source = device.buffer(LEN).unwrap();
+        put(&device, source.ptr(), &vec![1; LEN as usize]);
+        let mut pool = DevicePool::new(&device, 1, LEN).unwrap();
+        let target = pool.at(ID, 0, LEN).unwrap();
+        let mut regions = DeviceRegions::new();
+        // SAFETY: the memory outlives the transport, which is dropped before it.
+        let region = unsafe { regions.register(source.ptr(), LEN) }.unwrap();
+        let copier = Copier::new(&device, config, || ()).unwrap();
+        let mut writer = CudaIpc::new(device.clone(), Arc::new(regions), copier);
+        writer.attach(PEER, ID, cuda_ipc::export(&mut pool, ID, PEER).unwrap()).unwrap();
+
+        let engine = device.stream(Priority::Default).unwrap();
+        let computed = event(&device);
+        let gate = Gate::before(&engine);
+        engine.record(&computed).unwrap();
+        writer.copier().wait_for(&computed).unwrap();
+        let write = Write { region, src: 0, segment: ID, dst: 0, len: LEN };
+        writer.post(Post { id: PostId(1), peer: PEER, seed: 0, writes: &[write] }).unwrap();
+        let mut ended = Vec::new();
+        writer.poll(0, &mut ended);
+        writer.detach(PEER, Some(ID));
+
+        let heir = || {
+            engine.fill(target, 2, LEN).unwrap();
+            drain(&engine);
+        };
+        let held = writer.holds(PEER, Some(ID));
+        gate.open();
+        if !held {
+            heir();
+        }
+        let start = Instant::now();
+        while writer.pending() > 0 {
+            assert!(start.elapsed() < DEADLINE, "the post does not end");
+            writer.poll(0, &mut ended);
+            std::thread::yield_now();
+        }
+        assert!(!writer.holds(PEER, Some(ID)));
+        if held {
+            heir();
+        }
+        let stored = get(&device, target, LEN as usize);
+        assert!(stored.iter().all(|&byte| byte == 2), "the heir's bytes were written over");
+    }
+}
+
 /// The bugs of `planted.rs`, and what finds each: the name of a test of this binary.
 #[cfg(kvxfer_planted)]
 const BUGS: &[(&str, &str)] = &[
@@ -114,6 +172,8 @@ const BUGS: &[(&str, &str)] = &[
     ("BatchOutOfOrder", "orders::batches_read_in_the_streams_order"),
     ("ReadEventMissing", "orders::blocks_are_reused_after_they_were_read"),
     ("DoneBeforeCompletion", "orders::nothing_is_done_before_its_copies_are"),
+    ("PageFreedEarly", "pair::a_load_begins_behind_the_engines_stream"),
+    ("SegmentHandedOnEarly", "orders::a_segment_changes_hands_when_nothing_writes_to_it"),
 ];
 
 /// Each bug is found by its test, which passes without it. `KVXFER_PLANTED_REPORT` names a file for the result.
