@@ -1,5 +1,6 @@
 """KV in GPU memory, from `save_kv_layer` to the peer: vLLM's schedulers, the real native half, the
-real transport, and a stand-in for the driver (`make python` puts it in the way). Nothing here is fast.
+real transport, and a stand-in for the driver (`make python` puts it in the way). None of it is
+fast.
 """
 
 import os
