@@ -58,7 +58,7 @@ standin: ## the GPU path on a stand-in for the CUDA driver, planted ordering bug
 	mkdir -p target/standin/rehearsal
 	LD_LIBRARY_PATH="$$folder" KVXFER_STANDIN="devices=2;ledger=$$PWD/target/standin/rehearsal" target/debug/gpu-check --rehearse
 
-gpu-check: ## everything that needs a GPU, on this machine's own: what is proven goes to target/reports/gpu.json and gpu.md, and to docs/; status 77 without a GPU
+gpu-check: ## everything that needs a GPU, on this machine's own: what is proven goes to target/reports/gpu.json and gpu.md, and to docs/; without a GPU it says so (gpu-check ends with 77, which make turns into its own 2)
 	@$(call say,gpu-check: building)
 	cargo build --release --package kvxfer-benches --locked --bin gpu-check
 	$(call say,gpu-check: tests and speeds)
