@@ -19,12 +19,29 @@ def test_idle_costs_nothing(tiny_pair: Pair, tiny_reference: Engine) -> None:
     tiny_pair.at_rest()
     tiny_reference.settle()
     engines = [tiny_reference, tiny_pair.prefill, tiny_pair.decode]
+    # What an engine still does once after a request, and what others do to the machine, only adds;
+    # what polls is in each window.
+    windows = []
+    for _ in range(3):
+        alone, *both = loads(engines)
+        windows.append(
+            [
+                f"{engine.name}: {load:.2%} of a core, {alone:.2%} without"
+                for engine, load in zip(engines[1:], both, strict=True)
+                if load - alone > MORE
+            ]
+        )
+        if not windows[-1]:
+            return
+    raise AssertionError(windows)
+
+
+def loads(engines: list[Engine]) -> list[float]:
+    """The share of a core that each of them takes, all over the same time."""
     before = [cpu_seconds(engine.pid) for engine in engines]
     # Not a wait for anything: the length of the measurement.
     time.sleep(WINDOW)
-    alone, *both = (
+    return [
         (cpu_seconds(engine.pid) - start) / WINDOW
         for engine, start in zip(engines, before, strict=True)
-    )
-    for engine, load in zip(engines[1:], both, strict=True):
-        assert load - alone <= MORE, f"{engine.name}: {load:.2%} of a core, {alone:.2%} without"
+    ]
