@@ -322,6 +322,36 @@ fn a_load_begins_behind_the_engines_stream() {
 }
 
 #[test]
+fn a_load_is_told_when_its_copies_have_ended() {
+    let device = device!();
+    let pair = pair(&device, |_| {});
+    let prompt = prompt(6, 100);
+    let (from, to) = (blocks(&prompt, 7), blocks(&prompt, 11));
+    let offer = pair.prefill.offer(&prompt);
+    pair.prefill.step(offer, &prompt, &from);
+    let claim = pair.decode.claim(&prompt);
+    pair.decode.until_claimed(claim, Next::Done);
+    let gate = Gate::before(&pair.decode.stream);
+    let request = LoadRequest { load: LoadId(1), claim, first_chunk: 0, chunks: 2 };
+    let stream = pair.decode.engine_stream();
+    pair.decode.agent.load_on(request, vec![to.clone()], &stream).unwrap();
+    // Each answer is a turn of the agent, which by then has done with the load all that it can.
+    let mut loaded = Vec::new();
+    for _ in 0..20 {
+        pair.decode.agent.stats().unwrap();
+        pair.decode.agent.poll(&mut loaded);
+        assert!(loaded.is_empty(), "told before anything was copied: {loaded:?}");
+    }
+    gate.open();
+    let loaded = pair.decode.until(|engine| {
+        engine.agent.poll(&mut loaded);
+        loaded.pop()
+    });
+    assert_eq!(loaded.result, Ok(()));
+    assert!(pair.decode.holds(&prompt, &to));
+}
+
+#[test]
 fn blocks_that_are_not_wanted_stay_as_they_are_and_are_verified() {
     let device = device!();
     let mut pair = pair(&device, |_| {});
