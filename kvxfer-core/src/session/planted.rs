@@ -21,6 +21,8 @@ pub enum Bug {
     FenceAckEarly,
     /// Fresh memory behind one writer's segment is taken for the death of all writers.
     ReplaceFreesOthers,
+    /// A segment that its writer does not let go of in time is given to the next one.
+    RetireFrees,
 }
 
 #[cfg(kvxfer_planted)]

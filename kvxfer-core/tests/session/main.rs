@@ -6,5 +6,6 @@ mod offers;
 mod overdue;
 mod probes;
 mod producer;
+mod retires;
 mod rig;
 mod schedulers;

@@ -158,10 +158,11 @@ impl World {
     }
 
     fn posts_in(&self, proc: usize, peer: Incarnation, segment: SegmentId) -> Vec<usize> {
+        let poster = (proc, self.procs[proc].epoch);
         let there = |post: &Post| {
             let within = |&(_, memory): &(Word, usize)| self.memories[memory].segment == segment;
             !post.ended
-                && post.poster.0 == proc
+                && post.poster == poster
                 && post.peer == peer
                 && post.words.iter().any(within)
         };
@@ -181,6 +182,9 @@ impl World {
             return;
         }
         let (peer, segment) = place;
+        if self.plan.clings(proc, epoch) {
+            return self.counts.fault("cling", self.now + 500 * MS);
+        }
         if process.stalled || !self.posts_in(proc, peer, segment).is_empty() {
             self.counts.step("segment let go later", self.now);
             return self.after(MS, Event::LetGo((proc, epoch), link, place, generation));
@@ -266,6 +270,7 @@ impl World {
             ConsumerAction::Export { link, segment, generation, probe } => {
                 self.counts.step("export", self.now);
                 let memory = self.procs[proc].backing[segment.0 as usize];
+                self.oracle_shown(memory, link, generation);
                 let blob = (memory as u64).to_le_bytes().to_vec();
                 let transport = "simulated".into();
                 let bytes = 0;
@@ -321,7 +326,9 @@ impl World {
                 self.later(delay, proc, Input::Replaced(segment));
             }
             ConsumerAction::Close { link, error } => {
-                self.counts.step("close", self.now);
+                let clung = error.to_string().contains("let go");
+                let why = if clung { "close: segment not let go" } else { "close" };
+                self.counts.step(why, self.now);
                 self.note(|| format!("{} closes link {}: {error}", self.label(proc), link.0 - 1));
                 let link = link.0 as usize - 1;
                 if self.down(proc, link) {

@@ -78,6 +78,7 @@ fn check_coverage(counts: &Counts) {
         "Retired",
         "Ask",
         "Told",
+        "close: segment not let go",
         "replace",
         "death seen",
         "write to a quarantined page",
@@ -144,6 +145,7 @@ fn planted() {
         Bug::ExpectedYield,
         Bug::FenceAckEarly,
         Bug::ReplaceFreesOthers,
+        Bug::RetireFrees,
     ];
     let mut lines = Vec::new();
     for bug in bugs {

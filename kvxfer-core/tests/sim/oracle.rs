@@ -53,6 +53,8 @@ pub(crate) struct Oracle {
     /// Posts that have not ended, by poster, peer and grant.
     pub(crate) in_flight: BTreeMap<(usize, Incarnation, GrantId), u32>,
     pub(crate) tampered: BTreeSet<(usize, GrantId)>,
+    /// Who was shown which memory, under which generation, and has not let go of it.
+    shown: BTreeMap<(usize, Incarnation), u32>,
 }
 
 impl Oracle {
@@ -173,6 +175,13 @@ impl World {
                     ghost.fenced = true;
                 }
             }
+            Message::Retired { segment, generation } => {
+                let memory = self.procs[proc].backing[segment.0 as usize];
+                let held = (memory, self.links[link].names[0]);
+                if self.oracle.shown.get(&held) == Some(generation) {
+                    self.oracle.shown.remove(&held);
+                }
+            }
             Message::Claim { claim, chunks, .. } => {
                 let count = chunks.len();
                 self.oracle.claimed.extend(chunks.iter().map(|chunk| (proc, chunk.key)));
@@ -211,6 +220,22 @@ impl World {
         keys.and_then(|keys| keys.get(chunk as usize)).copied().unwrap_or(ChunkKey([0; 32]))
     }
 
+    /// A segment is shown to a producer: nobody else may still reach that memory.
+    pub(crate) fn oracle_shown(
+        &mut self,
+        memory: usize,
+        link: kvxfer_core::LinkId,
+        generation: u32,
+    ) {
+        let peer = self.links[link.0 as usize - 1].names[0];
+        let others = (memory, Incarnation([0; 16]))..=(memory, Incarnation([0xFF; 16]));
+        let other = self.oracle.shown.range(others).map(|(&(_, who), _)| who).find(|w| *w != peer);
+        if let Some(other) = other {
+            self.fail(format!("{peer} is shown memory that {other} has not let go of"));
+        }
+        self.oracle.shown.insert((memory, peer), generation);
+    }
+
     pub(crate) fn oracle_down(&mut self, proc: usize, link: usize) {
         for ((at, _), ghost) in &mut self.oracle.grants {
             ghost.over |= *at == proc && ghost.link == link;
@@ -219,6 +244,8 @@ impl World {
     }
 
     pub(crate) fn oracle_dead(&mut self, proc: usize, peer: Incarnation) {
+        let memories = &self.memories;
+        self.oracle.shown.retain(|(at, who), _| memories[*at].owner.0 != proc || *who != peer);
         for ((at, _), ghost) in &mut self.oracle.grants {
             if *at == proc && ghost.peer == peer {
                 ghost.fenced = true;

@@ -50,6 +50,7 @@ pub(crate) struct Plan {
     grant_ttl: u64,
     fence: u64,
     hold: u64,
+    seed: u64,
 }
 
 impl Plan {
@@ -112,6 +113,7 @@ impl Plan {
             grant_ttl: if rough { rng.range(40, 800) } else { 2000 },
             fence: rng.range(50, 500),
             hold: if rough { rng.range(100, 3000) } else { 60_000 },
+            seed,
         }
     }
 
@@ -160,6 +162,13 @@ impl Plan {
     /// How long a chunk that a claim is expected for stays, whatever else wants room.
     pub(crate) fn firm(&self) -> Duration {
         self.gc.overdue_after.min(self.gc.unclaimed_ttl)
+    }
+
+    /// Whether a life of a process is one in which no segment is ever let go of, though its links are alive: what
+    /// its GPU copies is stuck.
+    pub(crate) fn clings(&self, proc: usize, epoch: u32) -> bool {
+        let life = (proc as u64) << 32 | u64::from(epoch);
+        self.mode == Mode::Rough && mix(self.seed, life).is_multiple_of(8)
     }
 
     pub(crate) fn geometry(&self) -> Geometry {

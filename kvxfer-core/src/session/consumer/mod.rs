@@ -54,6 +54,7 @@ enum Timer {
     Claim(ClaimId),
     Ask(u64),
     Orphan(Incarnation),
+    Retire(SegmentId),
 }
 
 /// What is known of a key.
@@ -119,8 +120,10 @@ enum LinkKind {
 #[derive(Debug, Default)]
 struct SegmentState {
     generation: u32,
-    /// Its writer was asked to let go of it.
-    retiring: bool,
+    /// Since when its writer is asked, on a link that is up, to let go of it.
+    retiring: Option<Time>,
+    /// It was asked before, and its link was closed because it did not.
+    clung: bool,
     replacing: bool,
 }
 
@@ -326,6 +329,7 @@ impl Consumer {
                 Timer::Claim(claim) => self.claim_due(now, claim),
                 Timer::Ask(ask) => self.ask_due(ask),
                 Timer::Orphan(peer) => self.orphan_due(now, peer),
+                Timer::Retire(segment) => self.retire_due(now, segment),
             }
         }
         self.forget_lost(now);

@@ -245,7 +245,7 @@ impl Consumer {
                 Served::Window => at += 1,
                 Served::Blocked => {
                     if blocked.is_none() {
-                        self.make_room(link);
+                        self.make_room(now, link);
                         blocked = Some(at);
                     }
                     self.tell_busy(at);
@@ -396,7 +396,8 @@ impl Consumer {
                 place.insert(Probe::Awaited(probe));
                 let state = &mut self.segments[segment.0 as usize];
                 // It was asked to let go, and needs the segment again: its answer is of no use any more.
-                state.retiring = false;
+                state.retiring = None;
+                state.clung = false;
                 let generation = state.generation;
                 let export = ConsumerAction::Export { link, segment, generation, probe };
                 self.actions.push_back(export);

@@ -144,7 +144,7 @@ impl Consumer {
     /// A writer's link ended. If neither its death nor its own word fences it in time, its memory is replaced.
     pub(super) fn orphaned(&mut self, now: Time, peer: Incarnation) {
         for segment in self.pool.segments_of(peer) {
-            self.segments[segment.0 as usize].retiring = false;
+            self.segments[segment.0 as usize].retiring = None;
         }
         if self.dead.contains(&peer) {
             self.unassign_dead(peer);
@@ -159,8 +159,14 @@ impl Consumer {
             let Phase::Fencing { since } = grant.phase else { return false };
             grant.peer == peer && since + 2 * self.config.fence_timeout <= now
         };
+        // Nor may it cling to a segment by coming back: one that is asked for it a second time had its time.
+        let clings = |segment: SegmentId| {
+            let state = &self.segments[segment.0 as usize];
+            state.clung && state.retiring.is_some()
+        };
+        let overdue = || self.grants.values().any(late) || self.pool.segments_of(peer).any(clings);
         let links = self.links_of(peer);
-        if self.dead.contains(&peer) || (!links.is_empty() && !self.grants.values().any(late)) {
+        if self.dead.contains(&peer) || (!links.is_empty() && !overdue()) {
             return;
         }
         for link in links {
@@ -260,11 +266,11 @@ impl Consumer {
     }
 
     /// A producer cannot be served. Ask a writer that does not need its segment to let go of it.
-    pub(super) fn make_room(&mut self, link: LinkId) {
+    pub(super) fn make_room(&mut self, now: Time, link: LinkId) {
         let Some(peer) = self.links.get(&link).map(|link| link.peer) else { return };
         let Some(segment) = self.pool.idle_segment(peer) else { return };
         let Some(owner) = self.pool.writer(segment) else { return };
-        if self.segments[segment.0 as usize].retiring {
+        if self.segments[segment.0 as usize].retiring.is_some() {
             return;
         }
         // Without a link, the owner is an orphan: its death or fresh memory will give the segment back.
@@ -276,19 +282,43 @@ impl Consumer {
             exported.remove(&segment);
         }
         let state = &mut self.segments[segment.0 as usize];
-        state.retiring = true;
+        state.retiring = Some(now);
         let generation = state.generation;
+        self.timers.set(now + self.config.fence_timeout, Timer::Retire(segment));
         self.send(link, Message::Retire { segment, generation });
+    }
+
+    /// A writer did not let go of a segment in time. It may still write there: as an orphan, it is fenced.
+    pub(super) fn retire_due(&mut self, now: Time, segment: SegmentId) {
+        let state = &mut self.segments[segment.0 as usize];
+        // Whatever changes its writer or its memory ends the question as well.
+        let Some(since) = state.retiring.filter(|&since| since + self.config.fence_timeout <= now)
+        else {
+            return;
+        };
+        if planted(Bug::RetireFrees) {
+            state.retiring = None;
+            let _ = self.pool.unassign(segment);
+            return;
+        }
+        state.clung = true;
+        if let Some(link) = self.pool.writer(segment).and_then(|owner| self.link_of(owner)) {
+            let waited = now.saturating_sub(since);
+            let error =
+                protocol(format!("segment {segment} was to be let go {waited:?} ago and was not"));
+            self.actions.push_back(ConsumerAction::Close { link, error });
+        }
     }
 
     /// A writer let go of a segment. Should it have been granted pages in it meanwhile, it keeps it.
     pub(super) fn retired(&mut self, peer: Incarnation, segment: SegmentId, generation: u32) {
         let Some(state) = self.segments.get_mut(segment.0 as usize) else { return };
-        if state.retiring
+        if state.retiring.is_some()
             && state.generation == generation
             && self.pool.writer(segment) == Some(peer)
         {
-            state.retiring = false;
+            state.retiring = None;
+            state.clung = false;
             // An error means that pages are in use: then the segment was exported to it again.
             let _ = self.pool.unassign(segment);
         }

@@ -22,8 +22,8 @@ pub struct ConsumerConfig {
     pub grant_ttl: Duration,
     /// How long it can last with renewals.
     pub grant_cap: Duration,
-    /// How long a writer may take to acknowledge a fence before its link is closed, and after that before the
-    /// memory behind its segments is replaced.
+    /// How long a writer may take to acknowledge a fence, or to let go of a segment, before its link is closed, and
+    /// after that before the memory behind its segments is replaced.
     pub fence_timeout: Duration,
     /// How long producers have to answer an [`Message::Ask`].
     pub ask_timeout: Duration,
