@@ -218,7 +218,7 @@ impl Producer {
             layer_writes(layout, 0, &memory, &extents, from, &mut self.writes)?;
             self.posts += 1;
             let (id, seed) = (PostId(self.posts), self.posts);
-            let post = Post { id, peer: PEER, seed, writes: &self.writes };
+            let post = Post { id, peer: PEER, grant: None, seed, writes: &self.writes };
             while let Err(error) = self.transport.post(post) {
                 if !error.retryable() {
                     return Err(error.into());

@@ -13,16 +13,17 @@
 //!    earlier life is recognised.
 //! 5. A post is validated as a whole before its first byte moves.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 
-use crate::{Error, Incarnation, PostId, SegmentId};
+use crate::{Error, GrantId, Incarnation, PostId, SegmentId};
 
 /// Bytes of a segment behind its last page, of which nobody reads but whoever shows that writes arrive there.
 ///
 /// A path may drop writes and report success (PCIe peer-to-peer behind an IOMMU was seen to). So before the first
 /// commit in a segment its writer posts bytes of its own choice to its last `PROBE_BYTES` bytes and tells
-/// their checksum, and its owner compares that with what it reads there.
-pub const PROBE_BYTES: u64 = 256;
+/// their checksum, and its owner compares that with what it reads there. How long that took is what is first known
+/// of a path's speed; so they are more than a few.
+pub const PROBE_BYTES: u64 = 1 << 20;
 
 /// A piece of memory that the engine registered with its agent, in the order of registration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -51,6 +52,9 @@ pub struct Post<'a> {
     pub id: PostId,
     /// Whose segments are written.
     pub peer: Incarnation,
+    /// The leave to do so. `None` is a probe, which may be written without leave to the segment's last
+    /// [`PROBE_BYTES`].
+    pub grant: Option<GrantId>,
     /// Seed of the checksum; see [`crate::sum`].
     pub seed: u64,
     /// Non-overlapping, in the order in which the checksum runs over them.
@@ -120,6 +124,17 @@ pub trait Transport: Send {
 
     /// Posts accepted and not yet ended.
     fn pending(&self) -> usize;
+
+    /// Whether the caller may sleep: nothing is to be done until [`Transport::event_fd`] is readable, or the transport
+    /// wakes its owner. Asked last before it does, so that what happens in between is not missed.
+    fn rests(&mut self) -> bool {
+        self.pending() == 0
+    }
+
+    /// Readable, and so until the next poll, when there is something to do.
+    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
+        None
+    }
 
     /// Which of its ways the path to a peer takes, for people: "NVLink". `None` where there is one only.
     fn lanes(&self, peer: Incarnation) -> Option<String> {

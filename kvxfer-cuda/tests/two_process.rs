@@ -91,7 +91,7 @@ impl Producer {
 
     fn write(&mut self, writes: &[Write]) -> u64 {
         self.posts += 1;
-        let post = Post { id: PostId(self.posts), peer: PEER, seed: SEED, writes };
+        let post = Post { id: PostId(self.posts), peer: PEER, grant: None, seed: SEED, writes };
         self.transport.post(post).unwrap();
         let mut out = Vec::new();
         while out.is_empty() {

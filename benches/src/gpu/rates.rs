@@ -186,7 +186,7 @@ impl Way {
         while ended < layers.len() {
             while let Some(writes) = layers.get(next) {
                 let id = PostId(first + next as u64);
-                let post = Post { id, peer: WRITER, seed: SEED, writes };
+                let post = Post { id, peer: WRITER, grant: None, seed: SEED, writes };
                 match self.transport.post(post) {
                     Ok(()) => next += 1,
                     Err(error) if error.retryable() => break,

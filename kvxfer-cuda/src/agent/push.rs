@@ -326,12 +326,12 @@ impl Pushes {
     /// Offers the first waiting post to its transport.
     fn submit(&mut self) -> Result<()> {
         self.writes.clear();
-        let (id, peer, seed) = match self.waiting.front() {
+        let (id, peer, grant, seed) = match self.waiting.front() {
             None => return Ok(()),
             Some(Waiting::Probe(post)) => {
                 let Some(probe) = self.probes.get(post) else { return Ok(()) };
                 self.writes.push(probe.write);
-                (*post, probe.peer, probe.number)
+                (*post, probe.peer, None, probe.number)
             }
             Some(Waiting::Layer(next)) => {
                 let none = || no_layer(next.layer);
@@ -342,12 +342,12 @@ impl Pushes {
                 layer_writes(&self.layout, next.layer, memory, extents, blocks, writes)?;
                 let bytes: u64 = self.writes.iter().map(|write| write.len).sum();
                 let seed = sum::seed(&next.key, layer, group, next.grant, bytes);
-                (next.post, next.peer, seed)
+                (next.post, next.peer, Some(next.grant), seed)
             }
         };
         let transport = self.paths.get(&peer).map(|&index| self.ways[index].get_mut());
         let transport = transport.ok_or_else(|| gone(peer))?;
-        transport.post(Post { id, peer, seed, writes: &self.writes })?;
+        transport.post(Post { id, peer, grant, seed, writes: &self.writes })?;
         if id.0 & PROBES == 0 {
             self.bytes += self.writes.iter().map(|write| write.len).sum::<u64>();
             self.posts += 1;

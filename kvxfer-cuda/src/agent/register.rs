@@ -14,8 +14,7 @@ use crate::driver::{Buffer, Device, DevicePtr, Priority};
 use crate::memory::Regions;
 
 /// Bytes of the region that probes are written from.
-pub(super) const PATTERN_BYTES: u64 = 64 << 10;
-const _: () = assert!(PATTERN_BYTES > PROBE_BYTES);
+pub(super) const PATTERN_BYTES: u64 = PROBE_BYTES + (64 << 10);
 
 /// Where the regions are.
 #[derive(Clone)]

@@ -190,6 +190,11 @@ impl Transport for CudaIpc {
         self.posts.len()
     }
 
+    fn rests(&mut self) -> bool {
+        // The copier wakes its owner.
+        true
+    }
+
     fn lanes(&self, peer: Incarnation) -> Option<String> {
         let mut of_peer = self.segments.iter().filter(|((owner, _), _)| *owner == peer);
         of_peer.next().map(|(_, attached)| attached.link.to_string())

@@ -4,6 +4,7 @@
 //! of [`Faults::seeded`] says.
 
 use std::collections::{HashMap, VecDeque};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -252,5 +253,13 @@ impl<T: Transport> Transport for Fault<T> {
 
     fn pending(&self) -> usize {
         self.inner.pending() + self.delayed.len()
+    }
+
+    fn rests(&mut self) -> bool {
+        self.inner.rests() && self.delayed.is_empty()
+    }
+
+    fn event_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.inner.event_fd()
     }
 }

@@ -220,7 +220,7 @@ impl<A: Attach> Transport for Mapped<A> {
             self.copies.truncate(queued);
             return Err(error);
         }
-        let Post { id, peer, seed, writes } = post;
+        let Post { id, peer, seed, writes, grant: _ } = post;
         self.posts.push_back(Queued { id, peer, seed, copies: writes.len() });
         Ok(())
     }

@@ -14,6 +14,7 @@ pub mod local;
 mod mapped;
 mod overlap;
 pub mod shm;
+pub mod target;
 
 use kvxfer_core::{ErrorKind, Result};
 
@@ -22,6 +23,7 @@ pub use fault::Fault;
 pub use local::Local;
 pub use mapped::{Attach, Mapped};
 pub use shm::Shm;
+pub use target::Target;
 
 /// Version of the blobs below.
 const BLOB: u8 = 1;

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use kvxfer_core::transport::{Completion, Post, RegionId, SegmentHandle, Transport, Write};
-use kvxfer_core::{Incarnation, PostId, Result, SegmentId};
+use kvxfer_core::{GrantId, Incarnation, PostId, Result, SegmentId};
 use kvxfer_cuda::copy;
 use kvxfer_cuda::memory::{HostPool, Regions};
 use kvxfer_cuda::transport::fault::{Fault, Faults};
@@ -14,6 +14,8 @@ use kvxfer_cuda::transport::{Local, Shm, shm};
 
 pub const REGIONS: u32 = 2;
 pub const SEGMENTS: u32 = 2;
+/// The leave by which all is written.
+pub const GRANT: Option<GrantId> = Some(GrantId(1));
 /// Bytes of each region and each segment: no multiple of a page.
 pub const BYTES: u64 = (3 << 20) + 40;
 /// How long anything may take.
@@ -50,7 +52,7 @@ pub trait Bench {
 
     fn post(&mut self, consumer: usize, id: u64, seed: u64, writes: &[Write]) -> Result<()> {
         let peer = self.peer(consumer);
-        self.transport().post(Post { id: PostId(id), peer, seed, writes })
+        self.transport().post(Post { id: PostId(id), peer, grant: GRANT, seed, writes })
     }
 
     /// Polls until nothing is pending.

@@ -30,8 +30,13 @@ pub fn a_refused_post_leaves_no_trace(bench: &mut dyn Bench) {
     let model = Model::new(bench, 2);
     let stranger = Incarnation([0xEE; 16]);
     let good = [write(0, 0, ZERO, 0, 100)];
-    let post =
-        kvxfer_core::transport::Post { id: PostId(1), peer: stranger, seed: 0, writes: &good };
+    let post = kvxfer_core::transport::Post {
+        id: PostId(1),
+        peer: stranger,
+        grant: None,
+        seed: 0,
+        writes: &good,
+    };
     let refused = bench.transport().post(post).unwrap_err();
     assert_eq!((refused.kind(), refused.retryable()), (ErrorKind::NotFound, false));
 

@@ -136,7 +136,9 @@ fn a_segment_changes_hands_when_nothing_writes_to_it() {
         engine.record(&computed).unwrap();
         writer.copier().wait_for(&computed).unwrap();
         let write = Write { region, src: 0, segment: ID, dst: 0, len: LEN };
-        writer.post(Post { id: PostId(1), peer: PEER, seed: 0, writes: &[write] }).unwrap();
+        writer
+            .post(Post { id: PostId(1), peer: PEER, grant: None, seed: 0, writes: &[write] })
+            .unwrap();
         let mut ended = Vec::new();
         writer.poll(0, &mut ended);
         writer.detach(PEER, Some(ID));

@@ -123,7 +123,13 @@ impl Producer {
 
     fn post(&mut self, writes: &[Write]) -> Result<()> {
         self.posts += 1;
-        self.transport.post(Post { id: PostId(self.posts), peer: PEER, seed: SEED, writes })
+        self.transport.post(Post {
+            id: PostId(self.posts),
+            peer: PEER,
+            grant: None,
+            seed: SEED,
+            writes,
+        })
     }
 
     fn end(&mut self) -> Completion {
