@@ -18,7 +18,7 @@ mod regions;
 pub(crate) use available::Bytes;
 pub use mapping::Mapping;
 pub use pool::HostPool;
-pub use regions::Regions;
+pub use regions::{Address, Regions};
 
 /// Whether `len` bytes from `offset` lie inside `bytes`.
 pub(crate) fn inside(bytes: u64, offset: u64, len: u64) -> bool {
