@@ -74,6 +74,16 @@ impl Error {
         self.kind
     }
 
+    /// What failed, without what to do about it.
+    pub fn about(&self) -> &str {
+        &self.about
+    }
+
+    /// What the reader can do, if that is known.
+    pub fn remedy(&self) -> Option<&str> {
+        self.fix.as_deref()
+    }
+
     /// Whether the same call may succeed later.
     pub fn retryable(&self) -> bool {
         self.retryable

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 
 use kvxfer_core::wire::Hello;
 use kvxfer_core::{Error, ErrorKind, Result};
-use rustix::fs::OFlags;
+use rustix::fs::{Access, OFlags};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType};
 
@@ -139,20 +139,51 @@ fn name(path: &Path) -> Result<SocketAddrUnix> {
     SocketAddrUnix::new(path).map_err(|errno| failed(&path.display().to_string(), errno))
 }
 
+/// Whether agents can use that folder; says whether it is there already. Creates nothing.
+///
+/// # Errors
+/// `Config`: it is not ours alone, can't be written to, or can't be created; or its path is too long.
+pub fn check_socket_dir(folder: &Path) -> Result<bool> {
+    let folder = std::path::absolute(folder)
+        .map_err(|error| ErrorKind::Io.error(format!("{}: {error}", folder.display())))?;
+    name(&folder.join(format!("kvxfer-{}-{}{SUFFIX}", hex(&[0; 4]), hex(&[0; 16]))))?;
+    let there = fs::symlink_metadata(&folder).is_ok();
+    if there {
+        inspect(&folder)?;
+    }
+    let exists = |path: &&Path| fs::symlink_metadata(path).is_ok();
+    let written = folder.ancestors().find(exists).unwrap_or(Path::new("/"));
+    rustix::fs::access(written, Access::WRITE_OK | Access::EXEC_OK).map_err(|errno| {
+        let error = std::io::Error::from(errno);
+        match there {
+            true => refusal(&folder, &format!("cannot be written to: {error}")),
+            false => {
+                refusal(&folder, &format!("cannot be created in {}: {error}", written.display()))
+            }
+        }
+        .fix("set socket_dir to a folder that this user can write to")
+    })?;
+    Ok(there)
+}
+
 /// Makes sure that the folder is there and ours alone, and holds it.
 fn verify(folder: &Path) -> Result<File> {
-    let refuse = |why: String, fix: &str| {
-        let about = format!("the socket folder {} {why}", folder.display());
-        Err(ErrorKind::Config.error(about).fix(fix))
-    };
     if let Err(error) = DirBuilder::new().mode(0o700).recursive(true).create(folder)
         && fs::symlink_metadata(folder).is_err()
     {
-        return refuse(
-            format!("cannot be created: {error}"),
-            "set socket_dir to a folder that this user can create",
-        );
+        return Err(refusal(folder, &format!("cannot be created: {error}"))
+            .fix("set socket_dir to a folder that this user can create"));
     }
+    inspect(folder)
+}
+
+fn refusal(folder: &Path, why: &str) -> Error {
+    ErrorKind::Config.error(format!("the socket folder {} {why}", folder.display()))
+}
+
+/// Makes sure that the folder is ours alone, and holds it.
+fn inspect(folder: &Path) -> Result<File> {
+    let refuse = |why: String, fix: &str| Err(refusal(folder, &why).fix(fix));
     let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::PATH;
     let opened = OpenOptions::new().read(true).custom_flags(flags.bits() as i32).open(folder);
     let meta = opened.as_ref().map_or_else(|_| fs::symlink_metadata(folder), File::metadata);

@@ -22,6 +22,7 @@ mod folder;
 mod greeting;
 mod link;
 mod listener;
+mod locate;
 mod peer;
 mod poller;
 mod resolver;
@@ -45,6 +46,8 @@ pub(crate) use timers::Throttle;
 
 pub use address::Address;
 pub use config::{ControlConfig, Counts, Event, Limits, Redial};
+pub use folder::check_socket_dir;
+pub use locate::{Located, locate};
 pub use poller::Waker;
 
 /// Tokens of the listeners; links count from [`FIRST_LINK`].

@@ -105,6 +105,7 @@ const HOST_PORTABLE: c_uint = 1;
 const IPC_LAZY_PEER_ACCESS: c_uint = 1;
 const CAPTURE_GLOBAL: c_int = 0;
 const CAPTURE_RELAXED: c_int = 2;
+const P2P_PERFORMANCE_RANK: c_int = 1;
 const P2P_NATIVE_ATOMICS: c_int = 3;
 const POINTER_RDMA_CAPABLE: c_int = 15;
 const GRANULARITY_RECOMMENDED: c_int = 1;
@@ -193,6 +194,18 @@ unsafe impl Driver for Cuda {
         let mut can = 0;
         call!(self.table.p2p_attribute, &raw mut can, P2P_NATIVE_ATOMICS, device, peer)?;
         Ok(can != 0)
+    }
+
+    unsafe fn peer_rank(&self, device: RawDevice, peer: RawDevice) -> Result<i32> {
+        let mut rank = 0;
+        call!(self.table.p2p_attribute, &raw mut rank, P2P_PERFORMANCE_RANK, device, peer)?;
+        Ok(rank)
+    }
+
+    unsafe fn total_memory(&self, device: RawDevice) -> Result<u64> {
+        let mut bytes = 0_usize;
+        call!(self.table.total_memory, &raw mut bytes, device)?;
+        Ok(bytes as u64)
     }
 
     unsafe fn context_retain(&self, device: RawDevice) -> Result<RawContext> {

@@ -2,6 +2,7 @@
 //!
 //! * [`Driver`]: the calls that we need, raw. [`cuda()`] is the one of this machine: `libcuda.so.1`, opened when it is
 //!   first asked for. That it is missing, or shows no device, or lacks an entry point, is an error like any other.
+//! * [`Visible`]: a GPU that can be asked about itself, and used by nobody.
 //! * [`Device`] and what it makes: [`Stream`], [`Event`], [`Physical`] and [`Mapped`] memory, [`Buffer`], [`Pinned`],
 //!   [`Module`]. Each frees what it holds when it is dropped, and keeps the device's context alive until then.
 //!
@@ -22,6 +23,7 @@ mod module;
 mod pinned;
 mod stream;
 mod table;
+mod visible;
 
 use std::ffi::CStr;
 use std::fmt::Debug;
@@ -29,7 +31,7 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
 pub use cuda::cuda;
-pub use device::{Device, PeerLink, Uuid};
+pub use device::Device;
 pub use error::{CudaError, Result};
 pub use event::{EngineStream, Event};
 pub use handles::{
@@ -40,6 +42,7 @@ pub use memory::{Buffer, Handle, Mapped, Physical, Sharing};
 pub use module::{Function, Module};
 pub use pinned::Pinned;
 pub use stream::{Priority, Stream};
+pub use visible::{PeerLink, Uuid, Visible};
 
 /// A number that a device tells about itself: `CUdevice_attribute`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,10 +50,20 @@ pub use stream::{Priority, Stream};
 pub enum Attribute {
     /// Its multiprocessors.
     Multiprocessors = 16,
+    /// Its compute capability, the number before the point.
+    ComputeMajor = 75,
+    /// The number behind it.
+    ComputeMinor = 76,
+    /// Whether physical memory and addresses can be had apart from each other (VMM).
+    VirtualMemory = 102,
     /// Whether memory can be shared as a file descriptor.
     PosixFd = 103,
     /// Whether mapped physical memory can be reached by a network card.
     RdmaMapped = 110,
+    /// Whether plain memory can be reached by a network card.
+    Rdma = 116,
+    /// Whether memory can be given to a network card's driver as a dma-buf.
+    DmaBuf = 124,
     /// Whether memory can be shared between hosts of one fabric.
     Fabric = 128,
     /// Whether contexts go through an MPS server.
@@ -78,6 +91,8 @@ pub unsafe trait Driver: Debug + Send + Sync {
     unsafe fn device_attribute(&self, device: RawDevice, attribute: Attribute) -> Result<i32>;
     unsafe fn can_access_peer(&self, device: RawDevice, peer: RawDevice) -> Result<bool>;
     unsafe fn native_peer_atomics(&self, device: RawDevice, peer: RawDevice) -> Result<bool>;
+    unsafe fn peer_rank(&self, device: RawDevice, peer: RawDevice) -> Result<i32>;
+    unsafe fn total_memory(&self, device: RawDevice) -> Result<u64>;
 
     unsafe fn context_retain(&self, device: RawDevice) -> Result<RawContext>;
     unsafe fn context_release(&self, device: RawDevice) -> Result<()>;

@@ -61,6 +61,7 @@ table! {
         device_name: cuDeviceGetName(*mut c_char, c_int, RawDevice);
         device_uuid: cuDeviceGetUuid_v2(*mut [u8; 16], RawDevice);
         device_attribute: cuDeviceGetAttribute(*mut c_int, c_int, RawDevice);
+        total_memory: cuDeviceTotalMem_v2(*mut usize, RawDevice);
         can_access_peer: cuDeviceCanAccessPeer(*mut c_int, RawDevice, RawDevice);
         p2p_attribute: cuDeviceGetP2PAttribute(*mut c_int, c_int, RawDevice, RawDevice);
         context_retain: cuDevicePrimaryCtxRetain(*mut RawContext, RawDevice);

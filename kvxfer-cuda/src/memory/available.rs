@@ -7,21 +7,52 @@ use std::fmt;
 use std::fs;
 use std::path::Path;
 
-/// The least of what the host has available and what each memory cgroup above this process has left.
-/// `None` when nothing can be read.
-pub(super) fn available() -> Option<u64> {
-    let host = fs::read_to_string("/proc/meminfo")
-        .ok()
-        .and_then(|text| field(&text, "MemAvailable:"))
-        .map(|kib| kib * 1024);
-    let groups = fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    host.into_iter().chain(left_in_groups(&groups, Path::new("/sys/fs/cgroup"))).min()
+/// What this process may still take, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Room {
+    /// The least of what the host has available and what each memory cgroup above this process has left. `None` when
+    /// nothing can be read.
+    pub available: Option<u64>,
+    /// The lowest limit of those cgroups, if one has a limit.
+    pub limit: Option<u64>,
 }
 
-/// What is left in each cgroup of `/proc/self/cgroup`'s text that limits memory.
-fn left_in_groups(groups: &str, root: &Path) -> Vec<u64> {
-    let mut left = Vec::new();
-    for line in groups.lines() {
+impl Room {
+    /// Of this process.
+    pub fn here() -> Self {
+        Self::below(Path::new("/"))
+    }
+
+    /// As the files of /proc and /sys below `root` have it.
+    pub fn below(root: &Path) -> Self {
+        let read = |path: &str| fs::read_to_string(root.join(path)).unwrap_or_default();
+        let host = field(&read("proc/meminfo"), "MemAvailable:").map(|kib| kib * 1024);
+        let groups = groups(&read("proc/self/cgroup"), &root.join("sys/fs/cgroup"));
+        Self {
+            available: host.into_iter().chain(groups.iter().map(|group| group.left)).min(),
+            limit: groups.iter().map(|group| group.limit).filter(|&limit| limit < NO_LIMIT).min(),
+        }
+    }
+}
+
+/// Of this process: [`Room::available`].
+pub(super) fn available() -> Option<u64> {
+    Room::here().available
+}
+
+/// What version 1 writes where there is no limit is about the largest number.
+const NO_LIMIT: u64 = 1 << 60;
+
+#[derive(Debug, PartialEq, Eq)]
+struct Group {
+    limit: u64,
+    left: u64,
+}
+
+/// Each cgroup of `/proc/self/cgroup`'s text that limits memory.
+fn groups(text: &str, root: &Path) -> Vec<Group> {
+    let mut found = Vec::new();
+    for line in text.lines() {
         let mut parts = line.splitn(3, ':').skip(1);
         let (Some(controllers), Some(path)) = (parts.next(), parts.next()) else { continue };
         let (mount, files) = match controllers {
@@ -35,13 +66,13 @@ fn left_in_groups(groups: &str, root: &Path) -> Vec<u64> {
         // A container may see its group's path as the host spells it, and only the mount's root is
         // there: so what is missing is passed over.
         for group in Path::new(path.trim_start_matches('/')).ancestors() {
-            left.extend(left_in(&mount.join(group), files));
+            found.extend(group_at(&mount.join(group), files));
         }
     }
-    left
+    found
 }
 
-fn left_in(group: &Path, [limit, usage, cache]: [&str; 3]) -> Option<u64> {
+fn group_at(group: &Path, [limit, usage, cache]: [&str; 3]) -> Option<Group> {
     let number = |file: &str| fs::read_to_string(group.join(file)).ok()?.trim().parse().ok();
     // "max" is no number, and no limit.
     let limit: u64 = number(limit)?;
@@ -49,7 +80,7 @@ fn left_in(group: &Path, [limit, usage, cache]: [&str; 3]) -> Option<u64> {
     let stat = fs::read_to_string(group.join("memory.stat")).unwrap_or_default();
     // The kernel gives up the file cache before it refuses anything.
     let cache = field(&stat, cache).unwrap_or(0);
-    Some(limit.saturating_sub(usage.saturating_sub(cache)))
+    Some(Group { limit, left: limit.saturating_sub(usage.saturating_sub(cache)) })
 }
 
 fn field(text: &str, name: &str) -> Option<u64> {
@@ -60,7 +91,8 @@ fn field(text: &str, name: &str) -> Option<u64> {
 }
 
 /// A number of bytes as people write it: "64 MiB", "1.5 GiB".
-pub(crate) struct Bytes(pub(crate) u64);
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bytes(pub u64);
 
 impl fmt::Display for Bytes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -93,18 +125,21 @@ mod tests {
             fs::create_dir_all(path.parent().unwrap()).unwrap();
             fs::write(path, text).unwrap();
         };
-        put("pod/box/memory.max", "max\n");
-        put("pod/box/memory.current", "10\n");
-        put("pod/memory.max", "1000\n");
-        put("pod/memory.current", "700\n");
-        put("pod/memory.stat", "anon 400\ninactive_file 300\n");
-        put("memory/v1/memory.limit_in_bytes", "500\n");
-        put("memory/v1/memory.usage_in_bytes", "600\n");
-
-        let mut left = left_in_groups("9:name=systemd:/\n4:memory:/v1/gone\n0::/pod/box\n", &root);
-        left.sort_unstable();
+        put("proc/meminfo", "MemTotal: 8 kB\nMemAvailable: 5 kB\n");
+        put("proc/self/cgroup", "9:name=systemd:/\n4:memory:/v1/gone\n0::/pod/box\n");
+        put("sys/fs/cgroup/pod/box/memory.max", "max\n");
+        put("sys/fs/cgroup/pod/box/memory.current", "10\n");
+        put("sys/fs/cgroup/pod/memory.max", "1000\n");
+        put("sys/fs/cgroup/pod/memory.current", "700\n");
+        put("sys/fs/cgroup/pod/memory.stat", "anon 400\ninactive_file 300\n");
+        assert_eq!(Room::below(&root), Room { available: Some(600), limit: Some(1000) });
+        put("sys/fs/cgroup/memory/v1/memory.limit_in_bytes", "500\n");
+        put("sys/fs/cgroup/memory/v1/memory.usage_in_bytes", "600\n");
+        assert_eq!(Room::below(&root), Room { available: Some(0), limit: Some(500) });
+        put("sys/fs/cgroup/memory/v1/memory.limit_in_bytes", "9223372036854771712\n");
+        assert_eq!(Room::below(&root), Room { available: Some(600), limit: Some(1000) });
         fs::remove_dir_all(&root).unwrap();
-        assert_eq!(left, [0, 600]);
+        assert_eq!(Room::below(&root), Room::default());
     }
 
     #[test]

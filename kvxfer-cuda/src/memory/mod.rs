@@ -15,7 +15,7 @@ mod mapping;
 mod pool;
 mod regions;
 
-pub(crate) use available::Bytes;
+pub use available::{Bytes, Room};
 pub use mapping::Mapping;
 pub use pool::HostPool;
 pub use regions::{Address, Regions};

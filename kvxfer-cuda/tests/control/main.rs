@@ -6,5 +6,6 @@
 mod harness;
 mod limits;
 mod links;
+mod locate;
 mod strangers;
 mod time;
