@@ -30,6 +30,26 @@ pub(super) struct Job {
     pub(super) sums: Arc<[u64]>,
 }
 
+/// A layer of a chunk, by what an error names it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Part {
+    pub(super) load: LoadId,
+    pub(super) chunk: u32,
+    key: ChunkKey,
+    grant: GrantId,
+    flat: u32,
+}
+
+impl Part {
+    /// Its bytes are not those whose checksum came with them.
+    pub(super) fn corrupt(self) -> Error {
+        let Self { load, chunk, key, grant, flat } = self;
+        ErrorKind::Corrupt.error(format!(
+            "chunk {chunk} of load {load} (key {key}, grant {grant}): layer {flat} is not what was sent"
+        ))
+    }
+}
+
 struct Target {
     first_chunk: u32,
     /// Bytes that are copied in all.
@@ -156,7 +176,7 @@ impl Loads {
             let layers = &self.registered.layers;
             let planned = self.plan.layer(&self.layout, layers, job, target, self.begun.layer)?;
             let memory = &self.registered.memory;
-            match store.copy(job, &planned, &self.plan.pieces, memory, target.wanted) {
+            match store.copy(&planned, &self.plan.pieces, memory, target.wanted) {
                 Ok(()) => {}
                 Err(error) if error.retryable() => return Ok(false),
                 Err(error) => return Err(error),
@@ -201,14 +221,6 @@ impl Loads {
 fn chunk_blocks(layout: &KvLayout, group: usize) -> usize {
     let tokens = layout.groups.get(group).map_or(1, |group| group.block_tokens);
     (layout.chunk_tokens / tokens) as usize
-}
-
-/// A layer's bytes are not those whose checksum came with them.
-pub(super) fn corrupt(job: &Job, flat: u32) -> Error {
-    ErrorKind::Corrupt.error(format!(
-        "chunk {} of load {} (key {}, grant {}): layer {flat} is not what was sent",
-        job.chunk, job.load, job.key, job.grant
-    ))
 }
 
 /// The end of a chunk's copy, as the state machine hears of it.

@@ -5,7 +5,7 @@ use kvxfer_core::plan::{LayerMemory, Load, layer_loads};
 use kvxfer_core::transport::RegionId;
 use kvxfer_core::{BlockId, ErrorKind, NO_BLOCK, Result, SegmentId, sum};
 
-use super::{Job, Target};
+use super::{Job, Part, Target};
 
 /// Bytes of the pool that are one run of a layer.
 #[derive(Clone, Copy, Debug)]
@@ -23,7 +23,7 @@ pub(in crate::agent) struct Piece {
 /// What is to be known of a layer beside its pieces.
 #[derive(Clone, Copy, Debug)]
 pub(in crate::agent) struct Planned {
-    pub(in crate::agent) flat: u32,
+    pub(in crate::agent) part: Part,
     pub(in crate::agent) seed: u64,
     /// The checksum as the producer told it.
     pub(in crate::agent) sum: u64,
@@ -76,7 +76,9 @@ impl Plan {
         let tokens = u64::from(job.tokens).saturating_sub(skipped * u64::from(group_tokens));
         let all = block_bytes * blocks.len() as u64;
         let seed = sum::seed(&job.key, layer, group, job.grant, all);
-        Ok(Planned { flat, seed, sum, bytes, tokens })
+        let &Job { load, chunk, key, grant, .. } = job;
+        let part = Part { load, chunk, key, grant, flat };
+        Ok(Planned { part, seed, sum, bytes, tokens })
     }
 
     fn skipped(

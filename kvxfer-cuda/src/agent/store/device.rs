@@ -13,7 +13,7 @@ use kvxfer_core::transport::PROBE_BYTES;
 use kvxfer_core::{Error, LoadId, Result, SegmentId};
 
 use super::{Check, Ended, not_arriving};
-use crate::agent::loads::{Job, Piece, Planned, copied, corrupt};
+use crate::agent::loads::{Part, Piece, Planned, copied};
 use crate::device::{Copier, DevicePool, DeviceRegions, Done, Fresh, Span};
 use crate::driver::{Event, Mapped};
 use crate::planted::{Bug, planted};
@@ -22,7 +22,7 @@ use crate::planted::{Bug, planted};
 const PATIENCE: Duration = Duration::from_secs(10);
 
 enum Task {
-    Layer { place: (LoadId, u32), sum: u64, corrupt: Error },
+    Layer { part: Part, sum: u64 },
     Check(Check),
     Replace { segment: SegmentId, fresh: Fresh },
 }
@@ -77,7 +77,6 @@ impl DeviceStore {
 
     pub(super) fn copy(
         &mut self,
-        job: &Job,
         planned: &Planned,
         pieces: &[Piece],
         regions: &DeviceRegions,
@@ -89,11 +88,10 @@ impl DeviceStore {
             self.spans.push(Span { src, dst, len, key: word_key(planned.seed, word) });
         }
         self.copier.submit(self.next_task, &self.spans)?;
-        let place = (job.load, job.chunk);
-        let corrupt = corrupt(job, planned.flat);
-        self.began(Task::Layer { place, sum: planned.sum, corrupt });
+        let &Planned { part, sum, .. } = planned;
+        self.began(Task::Layer { part, sum });
         let begun = Chunk { left: 0, whole: false, result: Ok(()) };
-        self.chunks.entry(place).or_insert(begun).left += 1;
+        self.chunks.entry((part.load, part.chunk)).or_insert(begun).left += 1;
         Ok(())
     }
 
@@ -185,10 +183,14 @@ impl DeviceStore {
 
     fn end(&mut self, task: Task, result: Result<u64>, ended: &mut Vec<Ended>) {
         match task {
-            Task::Layer { place, sum, corrupt } => {
+            Task::Layer { part, sum } => {
+                let place = (part.load, part.chunk);
                 let Some(chunk) = self.chunks.get_mut(&place) else { return };
                 chunk.left -= 1;
-                let result = result.and_then(|got| if got == sum { Ok(()) } else { Err(corrupt) });
+                let result = result.and_then(|got| match got == sum {
+                    true => Ok(()),
+                    false => Err(part.corrupt()),
+                });
                 if chunk.result.is_ok() {
                     chunk.result = result;
                 }

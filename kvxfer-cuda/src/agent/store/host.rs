@@ -4,7 +4,7 @@ use kvxfer_core::Result;
 use kvxfer_core::transport::PROBE_BYTES;
 
 use super::{Check, not_arriving};
-use crate::agent::loads::{Job, Piece, Planned, corrupt};
+use crate::agent::loads::{Piece, Planned};
 use crate::copy::{Drain, Stores, copy_summed, sum_of};
 use crate::memory::{HostPool, Regions};
 
@@ -19,7 +19,6 @@ impl HostStore {
 
     pub(super) fn copy(
         &self,
-        job: &Job,
         planned: &Planned,
         pieces: &[Piece],
         regions: &Regions,
@@ -45,7 +44,7 @@ impl HostStore {
         }
         match sum == planned.sum {
             true => Ok(()),
-            false => Err(corrupt(job, planned.flat)),
+            false => Err(planned.part.corrupt()),
         }
     }
 

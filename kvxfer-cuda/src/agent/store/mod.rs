@@ -14,7 +14,7 @@ use kvxfer_core::session::Copied;
 use kvxfer_core::transport::SegmentHandle;
 use kvxfer_core::{Error, ErrorKind, Incarnation, LinkId, LoadId, Result, SegmentId};
 
-use super::loads::{Job, Piece, Planned};
+use super::loads::{Piece, Planned};
 use super::register::EngineMemory;
 use crate::driver::Event;
 use crate::transport::cuda_ipc;
@@ -76,7 +76,6 @@ impl Store {
     /// `Corrupt`, or retryable: nothing of it was taken.
     pub(super) fn copy(
         &mut self,
-        job: &Job,
         planned: &Planned,
         pieces: &[Piece],
         memory: &EngineMemory,
@@ -84,10 +83,10 @@ impl Store {
     ) -> Result<()> {
         match (self, memory) {
             (Self::Host(store), EngineMemory::Host(regions)) => {
-                store.copy(job, planned, pieces, regions, wanted)
+                store.copy(planned, pieces, regions, wanted)
             }
             (Self::Device(store), EngineMemory::Device(regions)) => {
-                store.copy(job, planned, pieces, regions)
+                store.copy(planned, pieces, regions)
             }
             _ => Err(ErrorKind::Config.error("the engine's memory is not where the pool is")),
         }
