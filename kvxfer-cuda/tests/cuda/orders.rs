@@ -174,7 +174,7 @@ const BUGS: &[(&str, &str)] = &[
     ("BatchOutOfOrder", "orders::batches_read_in_the_streams_order"),
     ("ReadEventMissing", "orders::blocks_are_reused_after_they_were_read"),
     ("DoneBeforeCompletion", "orders::nothing_is_done_before_its_copies_are"),
-    ("PageFreedEarly", "pair::a_load_is_told_when_its_copies_have_ended"),
+    ("PageFreedEarly", "pair::a_load_begins_behind_the_engines_stream_and_is_told_at_its_end"),
     ("SegmentHandedOnEarly", "orders::a_segment_changes_hands_when_nothing_writes_to_it"),
 ];
 
