@@ -57,6 +57,8 @@ impl Launch {
                 (&raw mut reach).cast(),
             )
         };
+        merge(&mut reach.seen.reads);
+        merge(&mut reach.seen.writes);
         self.seen = reach.seen;
         match code {
             0 => Ok(()),
@@ -91,7 +93,7 @@ unsafe extern "C" fn translate(
     }
 }
 
-/// Adds a range, merged with the last one where they touch: threads go through memory in turn.
+/// Adds a range, merged with the last one where they touch.
 fn add(list: &mut Vec<Range<u64>>, range: Range<u64>) {
     match list.last_mut() {
         Some(last) if last.start <= range.start && range.start <= last.end => {
@@ -101,9 +103,34 @@ fn add(list: &mut Vec<Range<u64>>, range: Range<u64>) {
     }
 }
 
+/// Makes as few of the ranges as there can be: threads take turns in going through memory, a word each, and whoever
+/// looks for races would look at each word.
+fn merge(list: &mut Vec<Range<u64>>) {
+    list.sort_unstable_by_key(|range| range.start);
+    list.dedup_by(|next, last| {
+        let touch = next.start <= last.end;
+        if touch {
+            last.end = last.end.max(next.end);
+        }
+        touch
+    });
+}
+
 /// Whether there is host code for a kernel of that name.
 pub(super) fn exists(kernel: &CStr) -> bool {
     let args = [0; PARAMETERS];
     // SAFETY: no threads, so no access; otherwise as above.
     unsafe { kvx_run(kernel.as_ptr(), 0, 0, args.as_ptr(), translate, std::ptr::null_mut()) == 0 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_range_is_a_range_in_whichever_order_its_words_came() {
+        let mut list = vec![16..32, 48..64, 0..16, 20..24, 32..40, 100..101];
+        merge(&mut list);
+        assert_eq!(list, [0..40, 48..64, 100..101]);
+    }
 }
