@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use kvxfer_core::key::Keyspace;
 use kvxfer_core::layout::{Group, KvLayout};
+use kvxfer_core::path::PathName;
 use kvxfer_core::session::{LoadRequest, PushRange};
 use kvxfer_core::wire::message::{Chunk, Next};
 use kvxfer_core::{LoadId, SegmentId};
@@ -22,7 +23,7 @@ use crate::stats::{Ratio, median, percentile, speedup};
 use crate::{Result, copies};
 
 /// The only path allowed here.
-pub const PATH: &str = "shm";
+pub const PATH: PathName = PathName::Shm;
 const FOLDER: &str = "KVXFER_BENCH_FOLDER";
 const PATIENCE: Duration = Duration::from_secs(30);
 const LAYERS: u32 = 32;
@@ -70,7 +71,7 @@ impl Engine {
         let mut config = AgentConfig::new(role, layout.clone());
         config.socket_dir = folder.into();
         config.buffer_size = 512 << 20;
-        config.require_path = Some(PATH.into());
+        config.require_path = Some(PATH);
         match role {
             Role::Producer => config.peers = vec![decode],
             _ => config.listen = Some(decode),
@@ -162,7 +163,7 @@ pub fn decode(mut socket: Words) -> Result<()> {
         engine.agent.poll(&mut loaded);
         let loaded = loaded.pop().ok_or("no load ended")?;
         loaded.result?;
-        if loaded.path != PATH {
+        if loaded.path != PATH.as_str() {
             return Err(format!("the bytes came by {:?}", loaded.path).into());
         }
         let mut wrong = 0_u64;

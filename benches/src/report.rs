@@ -127,7 +127,7 @@ impl Report {
 
     /// One size of requests.
     pub fn handover(&mut self, it: &handover::Figures) {
-        let path = handover::PATH;
+        let path = handover::PATH.as_str();
         self.line(format!(
             "  {:<24} {:>8.2} {:>8.2} {:>8.2} {:>12.2}   {:<18}",
             format!("{path} {} x 2 MiB", it.blocks),

@@ -187,7 +187,7 @@ impl Producer {
         Ok(Figures {
             block,
             rounds,
-            path: self.transport.name(),
+            path: self.transport.name().as_str(),
             gbps: [&ours, &memcpy, &bare].map(|(wall, _)| gb / median(wall)),
             memcpy: speedup(&ours.0, &memcpy.0),
             memcpy_cpu: speedup(&ours.1, &memcpy.1),

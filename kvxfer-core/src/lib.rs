@@ -14,6 +14,7 @@ pub mod gc;
 mod ids;
 pub mod key;
 pub mod layout;
+pub mod path;
 pub mod plan;
 pub mod pool;
 pub mod session;

@@ -15,6 +15,7 @@
 
 use std::os::fd::{BorrowedFd, OwnedFd};
 
+use crate::path::PathName;
 use crate::{Error, GrantId, Incarnation, PostId, SegmentId};
 
 /// Bytes of a segment behind its last page, of which nobody reads but whoever shows that writes arrive there.
@@ -87,8 +88,16 @@ pub struct SegmentHandle {
 
 /// A way to move bytes to peers. Owned by one thread; no method blocks.
 pub trait Transport: Send {
-    /// The name of the path, as logs, metrics and `require_path` spell it.
-    fn name(&self) -> &'static str;
+    /// The path.
+    fn name(&self) -> PathName;
+
+    /// What the consumer's end of this path has to know of ours.
+    ///
+    /// # Errors
+    /// Why the path can't be had here, for people.
+    fn ability(&self) -> Result<Vec<u8>, String> {
+        Ok(Vec::new())
+    }
 
     /// Makes a peer's segment writable from here. Attaching a segment again replaces it.
     ///

@@ -5,9 +5,13 @@ use std::time::Duration;
 
 use kvxfer_core::gc::{AfterRetrieve, GcConfig};
 use kvxfer_core::layout::KvLayout;
+use kvxfer_core::path::{PathName, candidates};
 use kvxfer_core::{Error, ErrorKind, Result};
 
 use crate::control::Address;
+
+/// The most data connections from one producer.
+pub(crate) const MAX_STREAMS: u32 = 16;
 
 /// What an agent may do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,7 +89,13 @@ pub struct AgentConfig {
     /// Also talk over TCP, where nothing proves who the peer is.
     pub allow_insecure: bool,
     /// The path a link must have; a link on any other is refused.
-    pub require_path: Option<String>,
+    pub require_path: Option<PathName>,
+    /// Whether a link whose path failed twice may take the next best one. It is said when it does.
+    pub failover: bool,
+    /// Consumer: the port for `tcp` data connections; 0 for any free one.
+    pub data_port: u16,
+    /// Consumer: how many of them a producer opens.
+    pub tcp_streams: u32,
     /// Deliberate faults, for tests.
     #[cfg(feature = "faults")]
     pub fault: Option<Fault>,
@@ -135,6 +145,9 @@ impl AgentConfig {
             refused_backoff: Duration::from_secs(60),
             allow_insecure: false,
             require_path: None,
+            failover: false,
+            data_port: 0,
+            tcp_streams: 2,
             #[cfg(feature = "faults")]
             fault: None,
         }
@@ -159,18 +172,19 @@ impl AgentConfig {
                 return Err(self.segments_too_small());
             }
         }
-        let paths: &[&str] = match self.memory {
-            Memory::Host => &["local", "shm"],
-            Memory::Device(_) => &["cuda_ipc"],
-        };
-        match self.require_path.as_deref() {
+        if self.tcp_streams == 0 || self.tcp_streams > MAX_STREAMS {
+            return Err(config(format!("tcp_streams is {}", self.tcp_streams))
+                .fix(format!("set it to 1 to {MAX_STREAMS}")));
+        }
+        let paths = candidates(self.memory != Memory::Host);
+        match self.require_path {
             Some(path) if !paths.contains(&path) => Err(config(format!(
-                "require_path names {path:?}, which is no path of KV in {} memory",
+                "require_path names {path}, which is no path of KV in {} memory",
                 if self.memory == Memory::Host { "host" } else { "GPU" }
             ))
             .fix(format!(
                 "use {}, or set kv_buffer_device to where the KV is",
-                paths.join(" or ")
+                paths.iter().map(|path| path.as_str()).collect::<Vec<_>>().join(" or ")
             ))),
             _ => Ok(()),
         }

@@ -97,11 +97,12 @@ impl Agent {
                 ..defaults.gc
             },
             grant_ttl: lease,
-            grant_cap: seconds("load_timeout", load_timeout)?.max(lease),
+            // A step of a long prompt takes as long as it takes; who waits has a deadline of its own.
+            grant_cap: defaults.grant_cap.max(seconds("load_timeout", load_timeout)?).max(lease),
             hold: seconds("hold_timeout", hold_timeout)?,
             silence: lease,
             allow_insecure,
-            require_path,
+            require_path: require_path.as_deref().map(str::parse).transpose().map_err(raise)?,
             #[cfg(feature = "faults")]
             fault: fault()?,
             ..defaults

@@ -5,6 +5,7 @@
 
 pub use crate::layout::MAX_STRING;
 use crate::layout::{KvLayout, MAX_LAYERS};
+use crate::path::{Ability, Refusal};
 use crate::wire::message::{Chunk, ClaimStatus, Granted, Hello, Message};
 use crate::{Error, ErrorKind};
 
@@ -26,6 +27,10 @@ pub const MAX_EXTENTS: usize = 32 << 10;
 pub const MAX_TRANSPORT: usize = 64;
 /// Longest description of a segment by its transport, in bytes.
 pub const MAX_BLOB: usize = 64 << 10;
+/// Most paths that a side speaks of.
+pub const MAX_PATHS: usize = 16;
+/// Longest description of a side by a transport, in bytes.
+pub const MAX_ABILITY: usize = 4 << 10;
 
 /// A text cut to what a message may hold, for reasons that quote something of unknown length.
 pub fn reason(text: impl Into<String>) -> String {
@@ -50,7 +55,19 @@ pub fn check_hello(hello: &Hello) -> Result<(), Error> {
 pub fn check(message: &Message) -> Result<(), Error> {
     match message {
         Message::Bye { reason, .. } => text("reason", reason),
-        Message::Attach { layout, .. } => check_layout(layout),
+        Message::Attach { layout, paths, .. } => {
+            check_layout(layout)?;
+            check_abilities(paths)
+        }
+        Message::Examine { paths, .. } => check_abilities(paths),
+        Message::Attached { path, refused } => {
+            at_most("path", path.len(), MAX_TRANSPORT)?;
+            check_refusals(refused)
+        }
+        Message::Examined { path, refused } => {
+            at_most("path", path.as_ref().map_or(0, String::len), MAX_TRANSPORT)?;
+            check_refusals(refused)
+        }
         Message::Offer { request, chunks, .. } | Message::Claim { request, chunks, .. } => {
             text("request", request)?;
             check_chunks(chunks)
@@ -82,7 +99,6 @@ pub fn check(message: &Message) -> Result<(), Error> {
         | Message::Told { .. }
         | Message::Retired { .. }
         | Message::Probed { .. }
-        | Message::Attached
         | Message::Retire { .. }
         | Message::Busy { .. }
         | Message::CommitAck { .. }
@@ -96,6 +112,25 @@ pub fn check(message: &Message) -> Result<(), Error> {
 
 fn check_layout(layout: &KvLayout) -> Result<(), Error> {
     layout.validate().or_else(|error| refuse(error.to_string()))
+}
+
+fn check_abilities(abilities: &[Ability]) -> Result<(), Error> {
+    at_most("paths", abilities.len(), MAX_PATHS)?;
+    abilities.iter().try_for_each(|ability| {
+        at_most("path", ability.path.len(), MAX_TRANSPORT)?;
+        match &ability.able {
+            Ok(blob) => at_most("blob", blob.len(), MAX_ABILITY),
+            Err(why) => text("why", why),
+        }
+    })
+}
+
+fn check_refusals(refused: &[Refusal]) -> Result<(), Error> {
+    at_most("refused", refused.len(), MAX_PATHS)?;
+    refused.iter().try_for_each(|refusal| {
+        at_most("path", refusal.path.len(), MAX_TRANSPORT)?;
+        text("why", &refusal.why)
+    })
 }
 
 fn check_chunks(chunks: &[Chunk]) -> Result<(), Error> {

@@ -7,6 +7,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::layout::KvLayout;
+use crate::path::{Ability, Refusal};
 use crate::pool::Extent;
 use crate::{ChunkKey, ClaimId, GrantId, Incarnation, OfferId, SegmentId};
 
@@ -40,6 +41,8 @@ pub enum Purpose {
     Push,
     /// The dialler is the scheduler half of the listener's own engine.
     Observe,
+    /// The dialler wants to know which path it would get, and nothing else.
+    Examine,
 }
 
 /// Where an engine keeps its KV.
@@ -135,6 +138,8 @@ pub enum Message {
         layout: KvLayout,
         /// What it is read from.
         memory: Memory,
+        /// What this side is able to do of each path it knows.
+        paths: Vec<Ability>,
     },
     /// These chunks of this request can be had. From an observer to its producer: offer them to all consumers.
     Offer {
@@ -195,11 +200,18 @@ pub enum Message {
         probe: u64,
         /// The checksum of the bytes, `probe` being the seed.
         sum: u64,
+        /// How long they took, in nanoseconds; 0 if other bytes were on their way at the same time.
+        nanos: u64,
     },
 
     // ---- consumer to producer ---------------------------------------------------------------
-    /// Answers [`Message::Attach`]: the two geometries fit.
-    Attached,
+    /// Answers [`Message::Attach`]: the two geometries fit, and this is how the bytes go.
+    Attached {
+        /// The path.
+        path: String,
+        /// Each better one, and why it was not taken.
+        refused: Vec<Refusal>,
+    },
     /// A segment for this producer alone, before the first grant in it. Its descriptors travel beside the frame.
     Segment {
         /// Which.
@@ -319,5 +331,21 @@ pub enum Message {
     Ended {
         /// The claim.
         claim: ClaimId,
+    },
+
+    // ---- who examines a consumer, and the consumer ------------------------------------------
+    /// Which path would a producer get that keeps its KV there and is able to do this?
+    Examine {
+        /// Where.
+        memory: Memory,
+        /// This.
+        paths: Vec<Ability>,
+    },
+    /// Answers [`Message::Examine`].
+    Examined {
+        /// The path; `None` if there is none.
+        path: Option<String>,
+        /// Each better one, and why it would not be taken.
+        refused: Vec<Refusal>,
     },
 }

@@ -2,6 +2,7 @@
 
 mod claims;
 mod faults;
+mod leave;
 mod offers;
 mod overdue;
 mod probes;

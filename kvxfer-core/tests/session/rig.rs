@@ -33,7 +33,7 @@ pub(crate) fn ms(ms: u64) -> Duration {
 }
 
 pub(crate) fn attach(layout: KvLayout) -> Message {
-    Message::Attach { layout, memory: Memory::Host }
+    Message::Attach { layout, memory: Memory::Host, paths: Vec::new() }
 }
 
 /// Chunks by name.
@@ -79,7 +79,6 @@ pub(crate) fn tell(link: LinkId, message: &Message) -> String {
         Message::Ask { .. } => "ask".into(),
         Message::Told { .. } => "told".into(),
         Message::Attach { .. } => "attach".into(),
-        Message::Attached => "attached".into(),
         Message::Offer { offer, chunks, .. } => format!("offer {offer} of {}", chunks.len()),
         Message::Claim { chunks, .. } => format!("claim of {}", chunks.len()),
         Message::Release { keep_from, keep_to, .. } => {
@@ -166,7 +165,7 @@ impl Decode {
     }
 
     pub(crate) fn probed(&mut self, link: u64, segment: u32, probe: u64) -> Vec<String> {
-        self.hear(link, Message::Probed { segment: SegmentId(segment), probe, sum: 5 })
+        self.hear(link, Message::Probed { segment: SegmentId(segment), probe, sum: 5, nanos: 9 })
     }
 
     pub(crate) fn verified(
@@ -258,6 +257,7 @@ impl Decode {
                     }
                     tell(link, &message)
                 }
+                ConsumerAction::Attach { link } => format!("{link}> attached"),
                 ConsumerAction::Export { link, segment, generation, probe } => {
                     self.probes.push((link, segment, probe));
                     format!("{link}> segment s{segment}.{generation}")
@@ -302,7 +302,7 @@ impl Prefill {
     }
 
     pub(crate) fn join(&mut self, index: usize, link: u64, peer: Incarnation) -> Vec<String> {
-        self.producer.consumer_connected(index, LinkId(link), peer);
+        self.producer.consumer_connected(index, LinkId(link), peer, Vec::new());
         self.out()
     }
 

@@ -267,6 +267,10 @@ impl World {
                 self.oracle_said(proc, consumer, link, &message);
                 self.send(proc, link, message);
             }
+            ConsumerAction::Attach { link } => {
+                let message = Message::Attached { path: "simulated".into(), refused: Vec::new() };
+                self.send(proc, link, message);
+            }
             ConsumerAction::Export { link, segment, generation, probe } => {
                 self.counts.step("export", self.now);
                 let memory = self.procs[proc].backing[segment.0 as usize];

@@ -219,7 +219,7 @@ impl World {
                 let state = &self.links[link];
                 let (index, peer) = (state.index, state.names[1]);
                 if self.connected(proc, link) && self.side(link, proc) == 0 {
-                    producer.consumer_connected(index, Self::link_id(link), peer);
+                    producer.consumer_connected(index, Self::link_id(link), peer, Vec::new());
                 }
             }
             Input::Down(link) if self.down(proc, link) => {
@@ -229,7 +229,11 @@ impl World {
             Input::Message(link, Message::Segment { segment, probe, blob, .. }) => {
                 self.attach(proc, link, segment, &blob);
                 let sum = 0;
-                self.send(proc, Self::link_id(link), Message::Probed { segment, probe, sum });
+                self.send(
+                    proc,
+                    Self::link_id(link),
+                    Message::Probed { segment, probe, sum, nanos: 0 },
+                );
             }
             Input::Message(link, message) => {
                 let id = Self::link_id(link);

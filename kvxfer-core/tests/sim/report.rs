@@ -112,7 +112,7 @@ pub(crate) fn name(message: &Message) -> &'static str {
         Message::Renew { .. } => "Renew",
         Message::Told { .. } => "Told",
         Message::Retired { .. } => "Retired",
-        Message::Attached => "Attached",
+        Message::Attached { .. } => "Attached",
         Message::Probed { .. } => "Probed",
         Message::Segment { .. } => "Segment",
         Message::Retire { .. } => "Retire",
@@ -132,5 +132,7 @@ pub(crate) fn name(message: &Message) -> &'static str {
         Message::Release { .. } => "Release",
         Message::Pushed { .. } => "Pushed",
         Message::Ended { .. } => "Ended",
+        Message::Examine { .. } => "Examine",
+        Message::Examined { .. } => "Examined",
     }
 }

@@ -1,6 +1,7 @@
 //! Messages within the bounds, and some a little outside.
 
 use kvxfer_core::layout::{Group, KvLayout};
+use kvxfer_core::path::{Ability, PathName, Refusal};
 use kvxfer_core::pool::Extent;
 use kvxfer_core::wire::message::{Chunk, ClaimStatus, CommitOutcome, Granted, Memory, Next};
 use kvxfer_core::wire::{Hello, Message, Purpose};
@@ -54,7 +55,12 @@ fn grants() -> impl Strategy<Value = Vec<Granted>> {
 }
 
 pub(crate) fn hello() -> impl Strategy<Value = Hello> {
-    let purpose = prop_oneof![Just(Purpose::Locate), Just(Purpose::Push), Just(Purpose::Observe)];
+    let purpose = prop_oneof![
+        Just(Purpose::Locate),
+        Just(Purpose::Push),
+        Just(Purpose::Observe),
+        Just(Purpose::Examine)
+    ];
     let path = prop::option::of(text());
     (any::<((u16, u16), (u16, u16), [u8; 16], [u8; 16])>(), purpose, path, text()).prop_map(
         |((versions, key_versions, incarnation, boot_id), purpose, unix_path, name)| Hello {
@@ -81,7 +87,7 @@ pub(crate) fn message() -> impl Strategy<Value = Message> {
     ];
     let numbers = any::<(u64, u32, u32, bool)>();
     (
-        0..28u8,
+        0..30u8,
         numbers,
         text(),
         vec(any::<u32>(), 0..6),
@@ -106,6 +112,7 @@ pub(crate) fn message() -> impl Strategy<Value = Message> {
                         } else {
                             Memory::Cuda { gpu: [a as u8; 16] }
                         },
+                        paths: abilities(&text, flag),
                     },
                     3 => Message::Offer { offer, request: text, chunks },
                     4 => Message::Withdraw { offer, chunks: indices },
@@ -115,8 +122,8 @@ pub(crate) fn message() -> impl Strategy<Value = Message> {
                     8 => Message::Renew { grants: longs.into_iter().map(GrantId).collect() },
                     9 => Message::Told { ask: id },
                     10 => Message::Retired { segment, generation },
-                    11 => Message::Probed { segment, probe: id, sum: u64::from(b) << 7 },
-                    12 => Message::Attached,
+                    11 => Message::Probed { segment, probe: id, sum: u64::from(b) << 7, nanos: id },
+                    12 => Message::Attached { path: path(&text), refused: refusals(&text) },
                     13 => Message::Segment {
                         segment,
                         generation,
@@ -144,8 +151,28 @@ pub(crate) fn message() -> impl Strategy<Value = Message> {
                     },
                     25 => Message::Release { claim, keep_from: low, keep_to: high },
                     26 => Message::Pushed { offer, chunks: indices },
-                    _ => Message::Ended { claim },
+                    27 => Message::Ended { claim },
+                    28 => Message::Examine { memory: Memory::Host, paths: abilities(&text, flag) },
+                    _ => Message::Examined {
+                        path: flag.then(|| path(&text)),
+                        refused: refusals(&text),
+                    },
                 }
             },
         )
+}
+
+fn path(text: &str) -> String {
+    text.chars().take(16).collect()
+}
+
+fn abilities(text: &str, able: bool) -> Vec<Ability> {
+    vec![match able {
+        true => Ability::able(PathName::Ucx, text.as_bytes().to_vec()),
+        false => Ability::unable(PathName::Tcp, text),
+    }]
+}
+
+fn refusals(text: &str) -> Vec<Refusal> {
+    vec![Refusal { path: path(text), why: text.into() }]
 }

@@ -157,7 +157,7 @@ proptest! {
     /// refused for its bounds.
     #[test]
     fn bodies_of_garbage_never_panic(
-        kind in 0..30u8,
+        kind in 0..32u8,
         body in prop::collection::vec(prop_oneof![any::<u8>(), Just(0xFF), 0..4u8], 0..200),
     ) {
         let mut bytes = stream(&[]);

@@ -1,6 +1,7 @@
 //! What is refused, and what the error says.
 
 use kvxfer_core::layout::{Group, MAX_LAYERS};
+use kvxfer_core::path::{Ability, PathName, Refusal};
 use kvxfer_core::pool::Extent;
 use kvxfer_core::wire::bounds::{self, MAX_CHUNKS, MAX_EXTENTS, MAX_FRAME, MAX_GRANTS, MAX_STRING};
 use kvxfer_core::wire::message::{Chunk, ClaimStatus, Granted, Memory, Next};
@@ -103,7 +104,19 @@ fn values_out_of_bounds_are_neither_sent_nor_taken() {
     let give = |grants| Message::Granted { offer, deadline_ms: 0, grants };
     let mut layout = samples::layout();
     layout.groups = vec![Group { block_tokens: 16, block_bytes: vec![12] }];
+    let host = |paths| Message::Examine { memory: Memory::Host, paths };
+    let refused = |path, why| Message::Attached {
+        path: "tcp".into(),
+        refused: vec![Refusal { path, why }; 1],
+    };
+    let blob = vec![0; bounds::MAX_ABILITY + 1];
     let cases = [
+        (host(vec![Ability::able(PathName::Tcp, vec![]); 17]), "paths of length 17"),
+        (host(vec![Ability::able(PathName::Tcp, blob)]), "blob of length 4097"),
+        (host(vec![Ability::unable(PathName::Tcp, long())]), "why of length 1025"),
+        (refused("p".repeat(65), String::new()), "path of length 65"),
+        (refused(String::new(), long()), "why of length 1025"),
+        (Message::Examined { path: Some("p".repeat(65)), refused: vec![] }, "path of length 65"),
         (Message::Bye { reason: long(), lasting: false }, "reason of length 1025"),
         (Message::Offer { offer, request: long(), chunks: vec![] }, "request of length 1025"),
         (
@@ -131,7 +144,10 @@ fn values_out_of_bounds_are_neither_sent_nor_taken() {
             },
             "2 chunks ready of 1",
         ),
-        (Message::Attach { layout, memory: Memory::Host }, "not a multiple of 8"),
+        (
+            Message::Attach { layout, memory: Memory::Host, paths: Vec::new() },
+            "not a multiple of 8",
+        ),
     ];
     for (message, says) in cases {
         let mut out = vec![7];
@@ -165,13 +181,17 @@ fn what_is_within_bounds_fits() {
     let mut layout = samples::layout();
     layout.groups = vec![Group { block_tokens: 1, block_bytes: vec![1 << 18; MAX_LAYERS] }];
     layout.tags = (0..64).map(|i| (format!("{i:01024}"), request())).collect();
+    let path = || "t".repeat(bounds::MAX_TRANSPORT);
+    let able = Ability { path: path(), able: Ok(vec![0xFF; bounds::MAX_ABILITY]) };
+    let refused = vec![Refusal { path: path(), why: request() }; bounds::MAX_PATHS];
     let messages = [
         Message::Offer { offer, request: request(), chunks: vec![chunk; MAX_CHUNKS] },
         Message::Granted { offer, deadline_ms: u32::MAX, grants: vec![granted; MAX_GRANTS] },
         Message::Renew { grants: vec![GrantId(u64::MAX); MAX_CHUNKS] },
         Message::Refused { offer, chunks: chunks(), reason: request() },
         Message::Commit { grant: GrantId(u64::MAX), sums: vec![u64::MAX; MAX_LAYERS] },
-        Message::Attach { layout, memory: Memory::Host },
+        Message::Attach { layout, memory: Memory::Host, paths: vec![able; bounds::MAX_PATHS] },
+        Message::Attached { path: "t".repeat(bounds::MAX_TRANSPORT), refused },
         Message::Segment {
             segment: SegmentId(0),
             generation: 0,

@@ -1,6 +1,7 @@
 //! One of each message, with values whose bytes are easy to find in a dump.
 
 use kvxfer_core::layout::{Group, KvLayout};
+use kvxfer_core::path::{Ability, PathName, Refusal};
 use kvxfer_core::pool::Extent;
 use kvxfer_core::wire::message::{Chunk, ClaimStatus, CommitOutcome, Granted, Memory, Next};
 use kvxfer_core::wire::{Hello, Message, Purpose};
@@ -32,6 +33,14 @@ pub(crate) fn layout() -> KvLayout {
 }
 
 /// All kinds, in the order of their declaration.
+fn abilities() -> Vec<Ability> {
+    vec![Ability::able(PathName::Tcp, vec![7]), Ability::unable(PathName::Ucx, "no libucp")]
+}
+
+fn refused() -> Vec<Refusal> {
+    vec![Refusal { path: "ucx".into(), why: "no libucp".into() }]
+}
+
 pub(crate) fn messages() -> Vec<Message> {
     let (offer, grant, claim) = (OfferId(0x11), GrantId(0x1234), ClaimId(0x33));
     let (segment, generation) = (SegmentId(3), 2);
@@ -43,7 +52,11 @@ pub(crate) fn messages() -> Vec<Message> {
     vec![
         Message::Ping,
         Message::Bye { reason: "closing".into(), lasting: true },
-        Message::Attach { layout: layout(), memory: Memory::Cuda { gpu: [0xD0; 16] } },
+        Message::Attach {
+            layout: layout(),
+            memory: Memory::Cuda { gpu: [0xD0; 16] },
+            paths: abilities(),
+        },
         Message::Offer { offer, request: "req-1".into(), chunks: prompt.clone() },
         Message::Withdraw { offer, chunks: vec![0, 300] },
         Message::Commit { grant, sums: vec![1, u64::MAX] },
@@ -52,8 +65,8 @@ pub(crate) fn messages() -> Vec<Message> {
         Message::Renew { grants: vec![grant, GrantId(u64::MAX)] },
         Message::Told { ask: 9 },
         Message::Retired { segment, generation },
-        Message::Probed { segment, probe: 6, sum: u64::MAX },
-        Message::Attached,
+        Message::Probed { segment, probe: 6, sum: u64::MAX, nanos: 300 },
+        Message::Attached { path: "tcp".into(), refused: refused() },
         Message::Segment {
             segment,
             generation,
@@ -80,6 +93,8 @@ pub(crate) fn messages() -> Vec<Message> {
         Message::Release { claim, keep_from: 0, keep_to: 1 },
         Message::Pushed { offer, chunks: vec![0, 1] },
         Message::Ended { claim },
+        Message::Examine { memory: Memory::Host, paths: abilities() },
+        Message::Examined { path: None, refused: refused() },
     ]
 }
 
@@ -95,5 +110,6 @@ pub(crate) fn name(message: &Message) -> (u8, &'static str) {
         0 Ping 1 Bye 2 Attach 3 Offer 4 Withdraw 5 Commit 6 Abort 7 FenceAck 8 Renew 9 Told 10 Retired
         11 Probed 12 Attached 13 Segment 14 Retire 15 Granted 16 Have 17 Pending 18 Busy 19 Refused
         20 CommitAck 21 Revoke 22 Ask 23 Claim 24 Claimed 25 Release 26 Pushed 27 Ended
+        28 Examine 29 Examined
     }
 }

@@ -8,7 +8,6 @@ use kvxfer_core::wire::Message;
 use kvxfer_core::{LinkId, LoadId, Result, SegmentId, Time};
 
 use super::Loaded;
-use super::links::Kind;
 use super::loads::Job;
 use super::progress::Progress;
 use super::push::{Layer, News};
@@ -39,6 +38,11 @@ impl Progress {
     pub(super) fn perform_consumer(&mut self, now: Time, action: ConsumerAction) {
         match action {
             ConsumerAction::Send { link, message } => self.send(now, link, &message),
+            ConsumerAction::Attach { link } => {
+                if let Err(error) = self.attach(now, link) {
+                    self.close_link(now, link, &error);
+                }
+            }
             ConsumerAction::Export { link, segment, generation, probe } => {
                 if let Err(error) = self.export(link, segment, generation, probe) {
                     self.close_link(now, link, &error);
@@ -96,14 +100,14 @@ impl Progress {
     ) -> Result<()> {
         let Some(consuming) = &mut self.consuming else { return Ok(()) };
         let Some(to) = self.links.get(&link) else { return Ok(()) };
-        let Kind::Producer(path) = to.kind else { return Ok(()) };
-        let handle = consuming.store.export(path, &self.local, segment, to.peer)?;
+        let Some(path) = to.path.as_ref().map(|path| path.name) else { return Ok(()) };
+        let handle = consuming.export(path, &self.local, segment, to.peer)?;
         let message = Message::Segment {
             segment,
             generation,
             bytes: handle.bytes,
             probe,
-            transport: path.into(),
+            transport: path.as_str().into(),
             blob: handle.blob,
         };
         let fds: Vec<_> = handle.fds.iter().map(AsFd::as_fd).collect();
@@ -112,9 +116,8 @@ impl Progress {
 
     /// Whether a producer's probe lies where it says.
     fn verify(&mut self, link: LinkId, segment: SegmentId, probe: u64, sum: u64) {
-        let Some(Kind::Producer(path)) = self.links.get(&link).map(|link| &link.kind) else {
-            return;
-        };
+        let path = self.links.get(&link).and_then(|link| link.path.as_ref());
+        let Some(path) = path.map(|path| path.name) else { return };
         if let Some(consuming) = &mut self.consuming {
             let check = Check { link, segment, probe, sum, path };
             consuming.store.verify(check, &mut self.ended);
@@ -123,11 +126,17 @@ impl Progress {
 
     /// What the pool's bytes have done.
     pub(super) fn end(&mut self, now: Time) {
-        let Some(consuming) = &mut self.consuming else { return };
-        for ended in self.ended.drain(..) {
+        for ended in std::mem::take(&mut self.ended) {
+            let result = match &ended {
+                Ended::Verified { link, result: Err(error), .. } => {
+                    Err(self.path_failed(now, *link, error.clone()))
+                }
+                _ => Ok(()),
+            };
+            let Some(consuming) = &mut self.consuming else { return };
             match ended {
                 Ended::Copied(copied) => consuming.session.copied(now, copied),
-                Ended::Verified { link, segment, probe, result } => {
+                Ended::Verified { link, segment, probe, .. } => {
                     consuming.session.verified(now, link, segment, probe, result);
                 }
                 Ended::Replaced(segment) => consuming.session.replaced(now, segment),
@@ -140,7 +149,11 @@ impl Progress {
         for news in std::mem::take(&mut self.news) {
             match news {
                 News::Say(link, message) => self.send(now, link, &message),
-                News::Unreachable(link, error) => self.close_link(now, link, &error),
+                News::Probed(link, nanos) => self.probed(link, nanos),
+                News::Unreachable(link, error) => {
+                    let error = self.path_failed(now, link, error);
+                    self.close_link(now, link, &error);
+                }
             }
         }
     }
@@ -161,7 +174,7 @@ impl Progress {
 
     pub(super) fn loaded(&mut self, load: LoadId, result: Result<()>) {
         let mut paths: Vec<String> =
-            self.links.values().filter_map(super::links::Link::path).collect();
+            self.links.values().filter_map(super::links::Link::comes_by).collect();
         paths.sort_unstable();
         paths.dedup();
         let path = paths.join(",");

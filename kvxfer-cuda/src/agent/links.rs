@@ -3,18 +3,15 @@
 use std::os::fd::OwnedFd;
 
 use kvxfer_core::transport::SegmentHandle;
-use kvxfer_core::wire::message::Memory;
 use kvxfer_core::wire::{Hello, Message, Purpose};
 use kvxfer_core::{Error, ErrorKind, Incarnation, LinkId, Result, Time};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::closed;
+use super::paths::{Path, Reach};
 use super::progress::Progress;
 use super::push::Shown;
 use crate::control::{Event, Redial};
-use crate::driver::{PeerLink, Uuid};
-use crate::transport::cuda_ipc;
-use crate::transport::local::Local;
 
 /// Whether the death of a process ends what its copies write to GPU memory of ours. The driver is said to stop them
 /// when it tears the context down, but that it has done so when the process is gone was not shown on hardware; and
@@ -29,18 +26,20 @@ pub(super) struct Link {
     /// Whether both sides want it: a consumer has seen the producer's layout and said so. Before, nobody is told
     /// of it.
     joined: bool,
-    /// Which way the path takes, where there are several.
-    lanes: Option<String>,
+    /// How bytes go on it, once that is chosen.
+    pub(super) path: Option<Path>,
     pidfd: Option<OwnedFd>,
 }
 
 pub(super) enum Kind {
     /// We push to it.
     Consumer,
-    /// It pushes to us, on this path.
-    Producer(&'static str),
+    /// It pushes to us.
+    Producer(Reach),
     /// Our engine's scheduler half.
     Observer,
+    /// Somebody who asks which path it would get.
+    Examiner(Reach),
 }
 
 pub(super) struct Up {
@@ -49,17 +48,25 @@ pub(super) struct Up {
     purpose: Purpose,
     peer: Hello,
     pidfd: Option<OwnedFd>,
-    can_pass_fds: bool,
-    why_not_unix: Option<String>,
+    reach: Reach,
 }
 
 impl Progress {
     pub(super) fn event(&mut self, now: Time, event: Event) {
         match event {
             Event::Up {
-                link, dialled, purpose, peer, pidfd, can_pass_fds, why_not_unix, ..
+                link,
+                dialled,
+                purpose,
+                peer,
+                pidfd,
+                can_pass_fds,
+                why_not_unix,
+                local,
+                ..
             } => {
-                let up = Up { link, dialled, purpose, peer, pidfd, can_pass_fds, why_not_unix };
+                let reach = Reach { can_pass_fds, why_not_unix, local, said: None };
+                let up = Up { link, dialled, purpose, peer, pidfd, reach };
                 let name = up.peer.name.clone();
                 if let Err(error) = self.up(now, up) {
                     tracing::error!(name, %error, "refused a link");
@@ -79,25 +86,19 @@ impl Progress {
     }
 
     pub(super) fn up(&mut self, now: Time, up: Up) -> Result<()> {
-        let Up { link, dialled, purpose, peer, pidfd, can_pass_fds, why_not_unix } = up;
+        let Up { link, dialled, purpose, peer, pidfd, reach } = up;
         let Hello { incarnation, name, .. } = peer;
         let kind = match (purpose, dialled) {
             (Purpose::Push, Some(index)) => {
+                let paths = self.abilities_to(now, incarnation);
                 let producer = self.producer.as_mut().ok_or_else(|| wrong_role("push"))?;
-                producer.consumer_connected(index, link, incarnation);
+                producer.consumer_connected(index, link, incarnation, paths);
                 Kind::Consumer
             }
             (Purpose::Push, None) => {
                 let consuming = self.consuming.as_mut().ok_or_else(|| wrong_role("take a push"))?;
-                let path = choose_path(
-                    self.device.is_some(),
-                    self.config.require_path.as_deref(),
-                    incarnation,
-                    can_pass_fds,
-                    why_not_unix,
-                )?;
                 consuming.session.producer_connected(now, link, incarnation);
-                Kind::Producer(path)
+                Kind::Producer(reach)
             }
             (Purpose::Observe, None) => {
                 if let Some(consuming) = &mut self.consuming {
@@ -105,27 +106,27 @@ impl Progress {
                 }
                 Kind::Observer
             }
-            (Purpose::Observe, Some(_)) | (Purpose::Locate, _) => {
+            (Purpose::Examine, None) if self.consuming.is_some() => Kind::Examiner(reach),
+            (Purpose::Observe | Purpose::Examine, _) | (Purpose::Locate, _) => {
                 return Err(ErrorKind::Protocol.error("a link of that purpose is not for an agent"));
             }
         };
-        let joined = matches!(kind, Kind::Observer);
-        self.links.insert(link, Link { peer: incarnation, name, kind, joined, lanes: None, pidfd });
+        let joined = matches!(kind, Kind::Observer | Kind::Examiner(_));
+        self.links.insert(link, Link { peer: incarnation, name, kind, joined, path: None, pidfd });
         Ok(())
     }
 
     /// The layouts fit.
-    fn joined(&mut self, id: LinkId) {
+    pub(super) fn joined(&mut self, id: LinkId) {
         let Some(link) = self.links.get_mut(&id).filter(|link| !link.joined) else { return };
         link.joined = true;
         let (peer, name) = (link.peer, &link.name);
+        let said = |path: &Path| (path.label(), path.why());
+        let (path, not) = link.path.as_ref().map(said).unwrap_or_default();
         match link.kind {
-            Kind::Consumer => tracing::info!(%peer, name, "connected to a consumer"),
-            Kind::Producer(_) => {
-                let path = link.path().unwrap_or_default();
-                tracing::info!(%peer, name, path, "a producer connected");
-            }
-            Kind::Observer => {}
+            Kind::Consumer => tracing::info!(%peer, name, path, not, "connected to a consumer"),
+            Kind::Producer(_) => tracing::info!(%peer, name, path, not, "a producer connected"),
+            Kind::Observer | Kind::Examiner(_) => {}
         }
         self.tell_peers();
     }
@@ -137,29 +138,27 @@ impl Progress {
         message: Message,
         fds: Vec<OwnedFd>,
     ) -> Result<()> {
-        let Some(link) = self.links.get(&id) else { return Ok(()) };
-        match (&link.kind, message) {
+        let Some(link) = self.links.get_mut(&id) else { return Ok(()) };
+        match (&mut link.kind, message) {
             (
                 Kind::Consumer,
                 Message::Segment { segment, bytes, probe, transport, blob, generation: _ },
             ) => {
-                if let Some(path) = &self.config.require_path
-                    && *path != transport
-                {
-                    return Err(ErrorKind::NoPath.error(format!(
-                        "{} offers path {transport}, {path} is required",
+                let peer = link.peer;
+                let path = link.path.as_ref().map(|path| path.name);
+                let Some(path) = path.filter(|path| path.as_str() == transport) else {
+                    return Err(ErrorKind::Protocol.error(format!(
+                        "{} shows a segment for path {transport:?}, {path:?} was agreed",
                         link.name
                     )));
-                }
-                let peer = link.peer;
+                };
                 let pushes = self.pushes.as_mut().ok_or_else(closed)?;
                 let handle = SegmentHandle { blob, bytes, fds };
-                let path = transport;
-                pushes.attach(Shown { link: id, peer, segment, probe, path, handle })
+                let shown = Shown { link: id, peer, segment, probe, path, handle };
+                pushes.attach(shown).map_err(|error| self.path_failed(now, id, error))
             }
-            (Kind::Consumer, Message::Attached) => {
-                self.joined(id);
-                Ok(())
+            (Kind::Consumer, Message::Attached { path, refused }) => {
+                self.attached(id, &path, refused)
             }
             (Kind::Consumer, message) => {
                 if let Message::Refused { reason, .. } = &message {
@@ -170,42 +169,27 @@ impl Progress {
                     None => Ok(()),
                 }
             }
-            (Kind::Producer(_), message) => {
-                let memory = match message {
-                    Message::Attach { memory, .. } => Some(memory),
-                    _ => None,
-                };
-                let lanes = memory.map(|memory| self.lanes(memory)).transpose()?;
-                let Some(consuming) = &mut self.consuming else { return Ok(()) };
-                consuming.session.received(now, id, message)?;
-                if let (Some(lanes), Some(link)) = (lanes, self.links.get_mut(&id)) {
-                    link.lanes = lanes;
-                    self.joined(id);
+            (Kind::Producer(reach), message) => {
+                match &message {
+                    Message::Attach { memory, paths, .. } => {
+                        reach.said = Some((*memory, paths.clone()));
+                    }
+                    Message::Probed { nanos, .. } => self.probed(id, *nanos),
+                    _ => {}
                 }
-                Ok(())
+                match &mut self.consuming {
+                    Some(consuming) => consuming.session.received(now, id, message),
+                    None => Ok(()),
+                }
+            }
+            (Kind::Examiner(_), Message::Examine { memory, paths }) => {
+                self.examine(now, id, memory, &paths)
+            }
+            (Kind::Examiner(_), message) => {
+                Err(ErrorKind::Protocol.error(format!("who only examines sent {message:?}")))
             }
             (Kind::Observer, message) => self.received_from_observer(now, id, message),
         }
-    }
-
-    /// Which way KV comes from a producer's memory; `None` where there is one only.
-    ///
-    /// # Errors
-    /// `NoPath`: it doesn't.
-    fn lanes(&self, theirs: Memory) -> Result<Option<String>> {
-        let (here, there) = match (&self.device, theirs) {
-            (None, Memory::Host) => return Ok(None),
-            (Some(device), Memory::Cuda { gpu }) => {
-                // It is the producer that has to reach us, and it says so when it can't.
-                let link = device.link_to(Uuid(gpu))?;
-                return Ok((!matches!(link, PeerLink::None { .. })).then(|| link.to_string()));
-            }
-            (None, Memory::Cuda { .. }) => ("host", "GPU"),
-            (Some(_), Memory::Host) => ("GPU", "host"),
-        };
-        Err(ErrorKind::NoPath
-            .error(format!("the pool is in {here} memory, and the producer's KV in {there} memory"))
-            .fix("set kv_buffer_device to the same on both sides"))
     }
 
     pub(super) fn received_from_observer(
@@ -231,6 +215,11 @@ impl Progress {
         }
         if let Some(consuming) = &mut self.consuming {
             consuming.session.disconnected(now, id);
+            if let (Kind::Producer(_), Some(path)) = (&link.kind, &link.path)
+                && consuming.cut_off(path.name, link.peer)
+            {
+                consuming.session.writer_dead(now, link.peer);
+            }
         }
         match link.kind {
             Kind::Consumer => {
@@ -239,7 +228,7 @@ impl Progress {
                 }
             }
             Kind::Producer(_) => self.orphans.extend(link.pidfd.map(|fd| (link.peer, fd))),
-            Kind::Observer => {}
+            Kind::Observer | Kind::Examiner(_) => {}
         }
     }
 
@@ -252,6 +241,17 @@ impl Progress {
     pub(super) fn close_link(&mut self, now: Time, link: LinkId, error: &Error) {
         let redial = self.control.close(link, error);
         self.down(now, link, error, redial);
+    }
+
+    /// A writer's connections broke, and were cut off.
+    pub(super) fn writer_lost(&mut self, now: Time, peer: Incarnation, error: &Error) {
+        let pushes = |link: &Link| link.peer == peer && matches!(link.kind, Kind::Producer(_));
+        let ids: Vec<LinkId> =
+            self.links.iter().filter(|(_, link)| pushes(link)).map(|(&id, _)| id).collect();
+        for id in ids {
+            let error = self.path_failed(now, id, error.clone());
+            self.close_link(now, id, &error);
+        }
     }
 
     /// A process that ended writes no more.
@@ -277,12 +277,8 @@ impl Progress {
 
 impl Link {
     /// The path by which a producer's bytes come, for people.
-    pub(super) fn path(&self) -> Option<String> {
-        let Kind::Producer(path) = self.kind else { return None };
-        Some(match &self.lanes {
-            None => path.into(),
-            Some(lanes) => format!("{path} ({lanes})"),
-        })
+    pub(super) fn comes_by(&self) -> Option<String> {
+        self.path.as_ref().filter(|path| !path.to_peer).map(Path::label)
     }
 
     /// One line a link that ended, and of those that both sides wanted one more when they began: a peer that is
@@ -309,31 +305,6 @@ fn say_unreachable(consumer: &str, error: &Error, redial: Redial) {
     match redial.refused {
         true => tracing::error!(consumer, %error, "no KV goes to a consumer; {next}"),
         false => tracing::warn!(consumer, %error, "cannot reach a consumer; {next}"),
-    }
-}
-
-/// The path on which a producer's bytes come: `cuda_ipc` into GPU memory; into host memory `local` beats `shm`.
-pub(super) fn choose_path(
-    gpu: bool,
-    required: Option<&str>,
-    peer: Incarnation,
-    can_pass_fds: bool,
-    why_not_unix: Option<String>,
-) -> Result<&'static str> {
-    let path = match (gpu, Local::reaches(peer), can_pass_fds) {
-        (true, _, true) => cuda_ipc::NAME,
-        (false, true, _) => "local",
-        (false, false, true) => "shm",
-        (_, _, false) => {
-            let why = why_not_unix.unwrap_or_else(|| "the link is not a Unix socket".into());
-            return Err(ErrorKind::NoPath.error(format!("no path to this producer: {why}")));
-        }
-    };
-    match required {
-        Some(required) if required != path => Err(ErrorKind::NoPath
-            .error(format!("the best path is {path}, and {required} is required"))
-            .fix("unset require_path, or start the two where that path exists")),
-        _ => Ok(path),
     }
 }
 

@@ -8,9 +8,11 @@
 //! under it.
 
 mod actions;
+mod consuming;
 mod gpu;
 mod links;
 mod loads;
+mod paths;
 mod progress;
 mod push;
 mod register;
@@ -31,6 +33,7 @@ use crate::config::{AgentConfig, Memory};
 use crate::control::{Address, Waker};
 use crate::driver::{self, Device, EngineStream, Event};
 use gpu::{Gpu, ReadGate};
+pub use paths::Path;
 
 /// Commands that wait for the progress thread, at most.
 const COMMANDS: usize = 1 << 14;
@@ -88,6 +91,8 @@ pub struct AgentStats {
     pub loaded_bytes: u64,
     /// Live links.
     pub links: u64,
+    /// How bytes go between us and each peer.
+    pub paths: Vec<Path>,
 }
 
 enum Command {

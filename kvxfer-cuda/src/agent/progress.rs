@@ -12,16 +12,19 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Receiver;
+use kvxfer_core::path::{Ability, PathName};
 use kvxfer_core::pool::Geometry;
 use kvxfer_core::session::{Consumer, ConsumerConfig, LoadRequest, Producer, ProducerConfig};
 use kvxfer_core::transport::PROBE_BYTES;
 use kvxfer_core::wire::message::Memory;
 use kvxfer_core::wire::{self, Hello, Purpose};
-use kvxfer_core::{BlockId, ErrorKind, Incarnation, LinkId, Result, Time, key};
+use kvxfer_core::{BlockId, Error, ErrorKind, Incarnation, LinkId, Result, Time, key};
 
+use super::consuming::Consuming;
 use super::gpu::ReadGate;
 use super::links::{Link, wrong_role};
 use super::loads::Loads;
+use super::paths::Failures;
 use super::push::{News, Pushes, Way};
 use super::register::{EngineMemory, Registered, register};
 use super::store::{DeviceStore, Ended, HostStore, Store};
@@ -33,7 +36,7 @@ use crate::driver::{Device, Event as DeviceEvent};
 use crate::identity;
 use crate::memory::HostPool;
 use crate::transport::local::LocalExports;
-use crate::transport::{CudaIpc, Local, Shm};
+use crate::transport::{CudaIpc, Local, Shm, Target};
 #[cfg(feature = "faults")]
 use crate::transport::{
     Fault,
@@ -47,12 +50,6 @@ const ORPHAN_POLL: Duration = Duration::from_millis(10);
 /// How long a closed agent waits for copies that can't be called back, and how often it looks.
 const DRAIN: Duration = Duration::from_secs(5);
 const DRAIN_POLL: Duration = Duration::from_millis(1);
-
-/// What a consumer has beside its state machine.
-pub(super) struct Consuming {
-    pub(super) session: Consumer,
-    pub(super) store: Store,
-}
 
 pub(super) struct Progress {
     pub(super) config: AgentConfig,
@@ -78,6 +75,10 @@ pub(super) struct Progress {
     pub(super) ended: Vec<Ended>,
     /// Told by the next [`Progress::tell`].
     pub(super) news: Vec<News>,
+    /// Writers whose connections broke: told by the next [`Progress::move_bytes`].
+    pub(super) lost: Vec<(Incarnation, Error)>,
+    /// Paths that did not work.
+    pub(super) failures: Failures,
     pub(super) closing: bool,
     /// Of the log line that says what the pool can never hold.
     pub(super) too_large: Throttle,
@@ -127,8 +128,11 @@ impl Progress {
             refused_backoff: config.refused_backoff,
             ..Limits::default()
         };
-        let control = Control::new(control)?;
+        let mut control = Control::new(control)?;
         let consuming = pool.map(|pool| consuming(&config, pool, control.waker())).transpose()?;
+        for target in consuming.iter().flat_map(|consuming| &consuming.targets) {
+            control.watch(target.event_fd())?;
+        }
         Ok(Self {
             control,
             local: LocalExports::new(incarnation),
@@ -147,6 +151,8 @@ impl Progress {
             device,
             ended: Vec::new(),
             news: Vec::new(),
+            lost: Vec::new(),
+            failures: Failures::default(),
             closing: false,
             too_large: Throttle::default(),
         })
@@ -191,6 +197,11 @@ impl Progress {
             pushes.close();
         }
         if let Some(consuming) = &mut self.consuming {
+            for link in self.links.values() {
+                if let Some(path) = link.path.as_ref().filter(|path| !path.to_peer) {
+                    consuming.cut_off(path.name, link.peer);
+                }
+            }
             if let Some(loads) = &mut self.loads {
                 loads.close(&mut consuming.store, &mut self.ended);
             }
@@ -251,13 +262,14 @@ impl Progress {
         Ok(())
     }
 
-    fn timeout(&self) -> Option<Duration> {
+    fn timeout(&mut self) -> Option<Duration> {
         // A GPU says when it has done something.
         let moves = self
             .consuming
             .as_ref()
             .is_some_and(|consuming| consuming.store.moves_now() || consuming.store.is_idle());
-        let busy = self.pushes.as_ref().is_some_and(Pushes::is_busy)
+        let busy = self.pushes.as_mut().is_some_and(Pushes::is_busy)
+            || self.consuming.as_mut().is_some_and(|consuming| !consuming.rests())
             || (moves && self.loads.as_ref().is_some_and(|loads| !loads.is_idle()))
             || !self.commands.is_empty();
         if busy {
@@ -329,6 +341,9 @@ impl Progress {
         let ways = self.ways(&registered)?;
         self.loads = Some(Loads::new(layout.clone(), registered.clone()));
         let pushes = self.pushes.insert(Pushes::new(layout.clone(), registered, ways));
+        for fd in pushes.event_fds() {
+            self.control.watch(fd)?;
+        }
         let gate = pushes.gate();
         if self.config.role.produces() {
             for peer in 0..self.config.peers.len() {
@@ -398,6 +413,7 @@ impl Progress {
             stats.posts = pushes.posts;
             stats.runs = pushes.runs;
         }
+        stats.paths = self.links.values().filter_map(|link| link.path.clone()).collect();
         stats.loaded_bytes = self.loads.as_ref().map_or(0, |loads| loads.bytes);
         stats
     }
@@ -407,12 +423,17 @@ impl Progress {
             pushes.progress(BUDGET, producer, &mut self.news);
         }
         if let Some(consuming) = &mut self.consuming {
+            consuming.receive(BUDGET, &mut self.lost);
             if let Some(loads) = &mut self.loads {
                 loads.progress(&mut consuming.store, &mut self.ended);
             }
             consuming.store.poll(&mut self.ended);
         }
-        self.end(self.now());
+        let now = self.now();
+        for (peer, error) in std::mem::take(&mut self.lost) {
+            self.writer_lost(now, peer, &error);
+        }
+        self.end(now);
     }
 
     /// Nothing is left that could touch memory or keep a caller waiting.
@@ -471,5 +492,17 @@ fn consuming(config: &AgentConfig, pool: Pool, waker: Waker) -> Result<Consuming
         overtakes: 8,
         lost_ttl: config.gc.unclaimed_ttl,
     })?;
-    Ok(Consuming { session, store })
+    let (targets, unable) = targets(config)?;
+    Ok(Consuming { session, store, targets, unable })
+}
+
+/// What receives bytes, and the paths that can't be had.
+type Targets = (Vec<Box<dyn Target>>, Vec<Ability>);
+
+fn targets(config: &AgentConfig) -> Result<Targets> {
+    let targets = Vec::new();
+    let unable =
+        vec![Ability::unable(PathName::Tcp, "later"), Ability::unable(PathName::Ucx, "later")];
+    let _ = config;
+    Ok((targets, unable))
 }

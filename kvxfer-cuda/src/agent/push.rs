@@ -1,9 +1,12 @@
 //! The producer's bytes: which transport reaches a peer, and posts in order.
 
 use std::collections::{HashMap, VecDeque};
+use std::os::fd::BorrowedFd;
 use std::sync::Arc;
+use std::time::Instant;
 
 use kvxfer_core::layout::KvLayout;
+use kvxfer_core::path::{Ability, PathName};
 use kvxfer_core::plan::layer_writes;
 use kvxfer_core::pool::Extent;
 use kvxfer_core::session::Producer;
@@ -39,7 +42,7 @@ pub(super) struct Shown {
     pub(super) peer: Incarnation,
     pub(super) segment: SegmentId,
     pub(super) probe: u64,
-    pub(super) path: String,
+    pub(super) path: PathName,
     pub(super) handle: SegmentHandle,
 }
 
@@ -50,6 +53,8 @@ struct Probe {
     segment: SegmentId,
     number: u64,
     write: Write,
+    /// When it was posted, if nothing else was on its way.
+    posted: Option<Instant>,
 }
 
 /// A segment that is let go: its owner is told when nothing of it is held.
@@ -64,13 +69,15 @@ struct Retiring {
 pub(super) enum News {
     /// To be sent, before whatever the state machine sends next.
     Say(LinkId, Message),
+    /// The bytes of a probe took so long; 0 if others were on their way.
+    Probed(LinkId, u64),
     /// Nothing can be written to that link's peer.
     Unreachable(LinkId, Error),
 }
 
 /// A transport.
 pub(super) enum Way {
-    /// This thread moves its bytes.
+    /// It reads host memory, which has been written to when the engine says so.
     Host(Box<dyn Transport>),
     /// They move by themselves, after events of the engine's streams, and wake this thread.
     Gpu(Box<CudaIpc>),
@@ -141,7 +148,7 @@ impl Pushes {
         let found = self.ways.iter().position(|way| way.get().name() == path);
         let index = found.ok_or_else(|| {
             ErrorKind::NoPath
-                .error(format!("peer {peer} offers path {path:?}, unknown where our KV lies"))
+                .error(format!("peer {peer} offers path {path}, unknown where our KV lies"))
                 .fix("set kv_buffer_device to the same on both sides")
         })?;
         let dst = handle.bytes.checked_sub(PROBE_BYTES).ok_or_else(|| {
@@ -152,7 +159,7 @@ impl Pushes {
         let transport = self.ways[index].get_mut();
         transport.attach(peer, segment, handle)?;
         if first && let Some(lanes) = transport.lanes(peer) {
-            tracing::info!(%peer, path, "KV goes to a consumer over {lanes}");
+            tracing::info!(%peer, %path, "KV goes to a consumer over {lanes}");
         }
 
         let post = PostId(PROBES | self.next_probe);
@@ -160,7 +167,7 @@ impl Pushes {
         let src = self.next_probe * 8 % (PATTERN_BYTES - PROBE_BYTES);
         self.next_probe += 1;
         let write = Write { region: self.registered.pattern, src, segment, dst, len: PROBE_BYTES };
-        self.probes.insert(post, Probe { link, peer, segment, number, write });
+        self.probes.insert(post, Probe { link, peer, segment, number, write, posted: None });
         self.waiting.push_back(Waiting::Probe(post));
         Ok(())
     }
@@ -254,11 +261,22 @@ impl Pushes {
     }
 
     /// Whether there is something to do before anything else happens. What a GPU does ends with a wake-up.
-    pub(super) fn is_busy(&self) -> bool {
+    pub(super) fn is_busy(&mut self) -> bool {
         let pending = |way: &Way| way.get().pending() > 0;
-        let busy = |way: &Way| matches!(way, Way::Host(_)) && pending(way);
         let waits = !self.waiting.is_empty() || !self.retiring.is_empty();
-        self.ways.iter().any(busy) || (waits && !self.ways.iter().any(pending))
+        (waits && !self.ways.iter().any(pending))
+            || self.ways.iter_mut().any(|way| !way.get_mut().rests())
+    }
+
+    /// What each of the transports says of itself.
+    pub(super) fn abilities(&self) -> Vec<Ability> {
+        let ways = self.ways.iter().map(Way::get);
+        ways.map(|way| Ability { path: way.name().as_str().into(), able: way.ability() }).collect()
+    }
+
+    /// What the thread has to wait for beside its own sockets.
+    pub(super) fn event_fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.ways.iter().filter_map(|way| way.get().event_fd())
     }
 
     /// Hands over what waits, moves about `budget` bytes, and tells the producer what ended.
@@ -280,7 +298,7 @@ impl Pushes {
         }
         let mut completions = std::mem::take(&mut self.completions);
         for way in &mut self.ways {
-            if way.get().pending() > 0 {
+            if way.get().pending() > 0 || way.get().event_fd().is_some() {
                 way.get_mut().poll(budget, &mut completions);
             }
         }
@@ -309,11 +327,16 @@ impl Pushes {
         if id.0 & PROBES == 0 {
             return producer.posted(id, result);
         }
-        let Some(&Probe { link, segment, number: probe, .. }) = self.probes.get(&id) else {
+        let Some(&Probe { link, segment, number: probe, posted, .. }) = self.probes.get(&id) else {
             return;
         };
         match result {
-            Ok(sum) => news.push(News::Say(link, Message::Probed { segment, probe, sum })),
+            Ok(sum) => {
+                let nanos = posted.map_or(0, |posted| posted.elapsed().as_nanos());
+                let nanos = u64::try_from(nanos).unwrap_or(0);
+                news.push(News::Probed(link, nanos));
+                news.push(News::Say(link, Message::Probed { segment, probe, sum, nanos }));
+            }
             // It reads nothing of the engine's, and only went with the rest.
             Err(error) if error.kind() == ErrorKind::Closed => {
                 return self.waiting.push_back(Waiting::Probe(id));
@@ -347,7 +370,11 @@ impl Pushes {
         };
         let transport = self.paths.get(&peer).map(|&index| self.ways[index].get_mut());
         let transport = transport.ok_or_else(|| gone(peer))?;
+        let alone = transport.pending() == 0;
         transport.post(Post { id, peer, grant, seed, writes: &self.writes })?;
+        if alone && let Some(probe) = self.probes.get_mut(&id) {
+            probe.posted = Some(Instant::now());
+        }
         if id.0 & PROBES == 0 {
             self.bytes += self.writes.iter().map(|write| write.len).sum::<u64>();
             self.posts += 1;

@@ -1,5 +1,6 @@
 //! What goes into a [`Control`](super::Control) and what comes out of it.
 
+use std::net::IpAddr;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -103,6 +104,8 @@ pub enum Event {
         can_pass_fds: bool,
         /// Why it is not a Unix socket, if it is not.
         why_not_unix: Option<String>,
+        /// The address of ours that a TCP connection goes to.
+        local: Option<IpAddr>,
     },
     /// The peer says something. [`Message::Ping`] and [`Message::Bye`] are dealt with here.
     Message {

@@ -1,5 +1,6 @@
 //! The two hellos, the frames after them, and the last word.
 
+use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 
 use kvxfer_core::wire::{self, Frame, Hello, Message, Purpose};
@@ -157,6 +158,14 @@ impl Control {
         let leased = peer.purpose != Purpose::Observe || link.unix.is_none();
         link.stage = Stage::Up { version, peer: peer.incarnation, leased };
         link.said = self.now;
+        let local = match link.unix {
+            Some(_) => None,
+            None => rustix::net::getsockname(&link.socket)
+                .ok()
+                .and_then(|address| SocketAddr::try_from(address).ok())
+                // An IPv4 connection to a socket of both kinds.
+                .map(|address| address.ip().to_canonical()),
+        };
         let pid = link.unix.as_ref().and_then(|unix| unix.pid);
         let pidfd = link.unix.as_mut().and_then(|unix| unix.pidfd.take());
         self.events.push(Event::Up {
@@ -168,6 +177,7 @@ impl Control {
             pidfd,
             can_pass_fds: link.unix.is_some(),
             why_not_unix,
+            local,
             peer,
         });
         self.due_at(self.now + self.config.limits.silence / 3);

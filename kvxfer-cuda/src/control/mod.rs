@@ -54,6 +54,8 @@ pub use poller::Waker;
 const TCP: u64 = 0;
 const UNIX: u64 = 1;
 const FIRST_LINK: u64 = 2;
+/// What is watched for others. No link's number.
+const OTHERS: u64 = u64::MAX - 1;
 
 /// Queued bytes that are written at once instead of by the next poll.
 const WRITE_NOW: usize = 64 << 10;
@@ -151,6 +153,14 @@ impl Control {
     /// Wakes [`Control::poll`] from other threads.
     pub fn waker(&self) -> Waker {
         self.poller.waker()
+    }
+
+    /// Ends a [`Control::poll`] also when that descriptor is readable, until it is not.
+    ///
+    /// # Errors
+    /// The kernel can't watch it.
+    pub fn watch(&mut self, fd: BorrowedFd<'_>) -> Result<()> {
+        self.poller.add(fd, OTHERS, false)
     }
 
     /// What was turned away so far.

@@ -12,6 +12,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use kvxfer_core::path::PathName;
 use kvxfer_core::sum::{self, word_key, words};
 use kvxfer_core::transport::{Completion, Post, SegmentHandle, Transport};
 use kvxfer_core::{Error, ErrorKind, Incarnation, PostId, Result, SegmentId};
@@ -23,7 +24,7 @@ use crate::memory::inside;
 use crate::planted::{Bug, planted};
 
 /// The transport's name.
-pub const NAME: &str = "cuda_ipc";
+pub const NAME: PathName = PathName::CudaIpc;
 
 /// How long a drop waits for copies under way.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -134,7 +135,7 @@ impl Drop for CudaIpc {
 }
 
 impl Transport for CudaIpc {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> PathName {
         NAME
     }
 

@@ -8,6 +8,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
 
+use kvxfer_core::path::PathName;
 use kvxfer_core::transport::{Completion, Post, SegmentHandle, Transport, Write};
 use kvxfer_core::{ErrorKind, Incarnation, PostId, Result, SegmentId};
 use parking_lot::Mutex;
@@ -183,7 +184,7 @@ impl<T: Transport> Fault<T> {
 }
 
 impl<T: Transport> Transport for Fault<T> {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> PathName {
         self.inner.name()
     }
 

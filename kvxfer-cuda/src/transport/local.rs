@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, LazyLock};
 
+use kvxfer_core::path::PathName;
 use kvxfer_core::transport::SegmentHandle;
 use kvxfer_core::{ErrorKind, Incarnation, Result, SegmentId};
 use parking_lot::Mutex;
@@ -70,7 +71,7 @@ impl Drop for LocalExports {
 }
 
 impl Attach for ByName {
-    const NAME: &'static str = "local";
+    const NAME: PathName = PathName::Local;
 
     fn open(
         &self,

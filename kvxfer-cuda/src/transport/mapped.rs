@@ -7,6 +7,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
+use kvxfer_core::path::PathName;
 use kvxfer_core::sum::words;
 use kvxfer_core::transport::{Completion, Post, SegmentHandle, Transport};
 use kvxfer_core::{Error, ErrorKind, Incarnation, PostId, Result, SegmentId};
@@ -28,7 +29,7 @@ const WRITE_COST: u64 = 64;
 /// How a segment is found.
 pub trait Attach: Send {
     /// The transport's name.
-    const NAME: &'static str;
+    const NAME: PathName;
 
     /// The memory that a handle describes.
     ///
@@ -179,7 +180,7 @@ impl<A: Attach> Mapped<A> {
 }
 
 impl<A: Attach> Transport for Mapped<A> {
-    fn name(&self) -> &'static str {
+    fn name(&self) -> PathName {
         A::NAME
     }
 
@@ -243,7 +244,7 @@ impl<A: Attach> Transport for Mapped<A> {
     }
 }
 
-fn full(name: &str, posts: usize, writes: usize) -> Error {
+fn full(name: PathName, posts: usize, writes: usize) -> Error {
     ErrorKind::PoolFull
         .error(format!("{name} is busy with {posts} posts of {writes} writes"))
         .fix("poll, then post again")

@@ -16,6 +16,7 @@ mod overlap;
 pub mod shm;
 pub mod target;
 
+use kvxfer_core::path::PathName;
 use kvxfer_core::{ErrorKind, Result};
 
 pub use cuda_ipc::CudaIpc;
@@ -33,7 +34,7 @@ fn blob(number: u64) -> Vec<u8> {
     [&[BLOB][..], &number.to_le_bytes()].concat()
 }
 
-fn read_blob(name: &str, blob: &[u8]) -> Result<u64> {
+fn read_blob(name: PathName, blob: &[u8]) -> Result<u64> {
     match blob.split_first() {
         Some((&BLOB, number)) if number.len() == 8 => {
             Ok(number.iter().rev().fold(0, |value, &byte| value << 8 | u64::from(byte)))

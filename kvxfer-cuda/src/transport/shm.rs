@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use kvxfer_core::path::PathName;
 use kvxfer_core::transport::SegmentHandle;
 use kvxfer_core::{ErrorKind, Incarnation, Result, SegmentId};
 use rustix::fs::fstat;
@@ -37,7 +38,7 @@ pub fn export(pool: &HostPool, segment: SegmentId) -> Result<SegmentHandle> {
 }
 
 impl Attach for ByDescriptor {
-    const NAME: &'static str = "shm";
+    const NAME: PathName = PathName::Shm;
 
     fn open(&self, _: Incarnation, _: SegmentId, handle: SegmentHandle) -> Result<Arc<Mapping>> {
         let inode = read_blob(Self::NAME, &handle.blob)?;

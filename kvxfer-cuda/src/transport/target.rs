@@ -4,10 +4,14 @@
 //! receives: a [`Target`], owned by the same thread as the pool. When it has [cut a writer
 //! off](Target::cut_off), nothing more of that writer's is stored: that is the fence of such a path.
 
+use std::net::IpAddr;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
+use kvxfer_core::path::PathName;
 use kvxfer_core::transport::SegmentHandle;
+#[cfg(doc)]
+use kvxfer_core::transport::Transport;
 use kvxfer_core::{Error, GrantId, Incarnation, Result, SegmentId};
 
 use crate::memory::Mapping;
@@ -35,8 +39,16 @@ pub type Leave<'a> = &'a dyn Fn(&Incoming) -> Result<()>;
 
 /// Receives what writers send into segments. No method blocks.
 pub trait Target: Send {
-    /// The path's name.
-    fn name(&self) -> &'static str;
+    /// The path.
+    fn name(&self) -> PathName;
+
+    /// A writer is about to be shown segments. `ability` is what [its end](Transport::ability) says of itself, `local`
+    /// the address of ours that it dialled, if it was one of the network.
+    ///
+    /// # Errors
+    /// The two cannot talk.
+    fn welcome(&mut self, writer: Incarnation, ability: &[u8], local: Option<IpAddr>)
+    -> Result<()>;
 
     /// Makes a segment reachable for its one writer; `memory` is what is behind it now. The first handle that a writer
     /// gets says how to connect. Exported again, with other memory perhaps, the new one counts.

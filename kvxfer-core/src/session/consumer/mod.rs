@@ -6,7 +6,7 @@
 //! * [`offers`]: a queue of offers; grants go out in order as room allows;
 //! * [`commits`]: how a grant ends: committed, given back to the queue, lost with its producer;
 //! * [`claims`]: what the engine's requests pin; [`loads`]: pool to engine, which empties the pool;
-//! * [`probes`]: whether a producer's writes arrive;
+//! * [`probes`]: whether a producer's writes arrive; [`leave`]: whether it may write;
 //! * [`reclaim`]: fences, segments changing hands, and what the collector gives up.
 //!
 //! Invariants, checked by the fleet simulation:
@@ -18,6 +18,7 @@
 
 mod claims;
 mod commits;
+mod leave;
 mod loads;
 mod offers;
 mod probes;
@@ -248,7 +249,7 @@ impl Consumer {
             (LinkKind::Producer { attached, .. }, Message::Attach { layout, .. }) => {
                 self.config.layout.compatible_with(&layout)?;
                 let first = !std::mem::replace(attached, true);
-                self.send(link, Message::Attached);
+                self.actions.push_back(ConsumerAction::Attach { link });
                 if first {
                     self.revoke_again(peer);
                     self.ask_too(link);
@@ -297,7 +298,7 @@ impl Consumer {
                 self.retired(peer, segment, generation);
                 Ok(())
             }
-            Message::Probed { segment, probe, sum } => {
+            Message::Probed { segment, probe, sum, nanos: _ } => {
                 self.probed(link, segment, probe, sum);
                 Ok(())
             }

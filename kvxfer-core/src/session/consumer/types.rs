@@ -45,6 +45,11 @@ pub enum ConsumerAction {
         /// This.
         message: Message,
     },
+    /// A producer's layout fits: send it [`Message::Attached`] with the path by which its bytes come, or close the link.
+    Attach {
+        /// The link.
+        link: LinkId,
+    },
     /// Send [`Message::Segment`] with what makes the segment reachable for this link's peer.
     Export {
         /// The link.

@@ -23,6 +23,7 @@ use std::time::Duration;
 use super::protocol;
 use super::timers::Timers;
 use crate::layout::KvLayout;
+use crate::path::Ability;
 use crate::pool::Extent;
 use crate::wire::Message;
 use crate::wire::message::{Chunk, CommitOutcome, Memory};
@@ -208,12 +209,18 @@ impl Producer {
         })
     }
 
-    /// The link to a configured consumer is up.
-    pub fn consumer_connected(&mut self, index: usize, link: LinkId, peer: Incarnation) {
+    /// The link to a configured consumer is up, and this is what we are able to do towards it.
+    pub fn consumer_connected(
+        &mut self,
+        index: usize,
+        link: LinkId,
+        peer: Incarnation,
+        paths: Vec<Ability>,
+    ) {
         self.consumer_gone(index);
         self.consumers[index].link = Some((link, peer));
         let (layout, memory) = (self.config.layout.clone(), self.config.memory);
-        self.send(link, Message::Attach { layout, memory });
+        self.send(link, Message::Attach { layout, memory, paths });
         // Also those of requests that have ended meanwhile, if their blocks are still held.
         let waiting: Vec<OfferId> = self
             .offers
@@ -410,7 +417,7 @@ impl Producer {
             Message::Ask { ask } => self.send(link, Message::Told { ask }),
             Message::Busy { .. }
             | Message::Pending { .. }
-            | Message::Attached
+            | Message::Attached { .. }
             | Message::Ping
             | Message::Bye { .. } => {}
             other => return Err(protocol(format!("a consumer sent {other:?}"))),

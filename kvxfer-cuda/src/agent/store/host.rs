@@ -1,18 +1,25 @@
 //! A pool in host memory: this thread moves the bytes.
 
-use kvxfer_core::Result;
+use std::sync::Arc;
+
 use kvxfer_core::transport::PROBE_BYTES;
+use kvxfer_core::{Result, SegmentId};
 
 use super::{Check, not_arriving};
 use crate::agent::loads::{Piece, Planned};
 use crate::copy::{Drain, Stores, copy_summed, sum_of};
-use crate::memory::{HostPool, Regions};
+use crate::memory::{HostPool, Mapping, Regions};
 
 pub(in crate::agent) struct HostStore {
     pub(super) pool: HostPool,
 }
 
 impl HostStore {
+    /// What is behind a segment now.
+    pub(in crate::agent) fn segment(&self, segment: SegmentId) -> Result<&Arc<Mapping>> {
+        self.pool.segment(segment)
+    }
+
     pub(in crate::agent) fn new(pool: HostPool) -> Self {
         Self { pool }
     }

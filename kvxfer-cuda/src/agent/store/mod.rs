@@ -8,6 +8,7 @@ mod host;
 
 use std::sync::Arc;
 
+use kvxfer_core::path::PathName;
 #[cfg(feature = "faults")]
 use kvxfer_core::pool::Extent;
 use kvxfer_core::session::Copied;
@@ -41,7 +42,7 @@ pub(super) struct Check {
     pub(super) segment: SegmentId,
     pub(super) probe: u64,
     pub(super) sum: u64,
-    pub(super) path: &'static str,
+    pub(super) path: PathName,
 }
 
 pub(super) enum Store {
@@ -58,13 +59,13 @@ impl Store {
     /// What a segment's one writer needs to reach it by that path.
     pub(super) fn export(
         &mut self,
-        path: &str,
+        path: PathName,
         exports: &LocalExports,
         segment: SegmentId,
         writer: Incarnation,
     ) -> Result<SegmentHandle> {
         match self {
-            Self::Host(store) if path == "local" => exports.export(&store.pool, segment),
+            Self::Host(store) if path == PathName::Local => exports.export(&store.pool, segment),
             Self::Host(store) => shm::export(&store.pool, segment),
             Self::Device(store) => cuda_ipc::export(&mut store.pool, segment, writer),
         }
@@ -187,14 +188,15 @@ impl Store {
     }
 }
 
-fn not_arriving(path: &str, segment: SegmentId) -> Error {
+fn not_arriving(path: PathName, segment: SegmentId) -> Error {
     let error = ErrorKind::NoPath
         .error(format!("what the producer writes to segment {segment} by {path} does not arrive"));
     match path {
-        cuda_ipc::NAME => error.fix(
+        PathName::CudaIpc => error.fix(
             "an IOMMU or PCIe access control may drop writes between the GPUs: turn them off (iommu=pt, ACS), or set \
              kv_buffer_device to cpu",
         ),
-        _ => error.fix("memory is not shared as it should be: report this"),
+        PathName::Local | PathName::Shm => error.fix("memory is not shared as it should be: report this"),
+        PathName::Ucx | PathName::Tcp => error.fix("what is between the hosts loses or changes bytes: report this"),
     }
 }

@@ -8,6 +8,7 @@ mod processes;
 
 use std::time::Duration;
 
+use kvxfer_core::path::PathName;
 use kvxfer_core::wire::message::{ClaimStatus, Next};
 use kvxfer_core::{ErrorKind, NO_BLOCK};
 use kvxfer_cuda::driver::Priority;
@@ -181,7 +182,7 @@ fn calls_that_do_not_fit_the_memory_are_refused_by_name() {
     assert_eq!(pair.prefill.agent.layer_ready(0).unwrap_err().kind(), ErrorKind::Config);
     assert_eq!(pair.prefill.agent.end_step().unwrap_err().kind(), ErrorKind::Config);
     let mut wrong = config(Role::Consumer, &pair.folder.0);
-    wrong.require_path = Some("shm".into());
+    wrong.require_path = Some(PathName::Shm);
     let error = Agent::start(wrong).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Config);
     assert!(error.to_string().contains("kv_buffer_device"), "{error}");
