@@ -12,7 +12,7 @@ use kvxfer_core::path::PathName;
 use kvxfer_core::wire::message::{ClaimStatus, Next};
 use kvxfer_core::{ErrorKind, NO_BLOCK};
 use kvxfer_cuda::driver::Priority;
-use kvxfer_cuda::{Agent, AgentConfig, KvLayer, Memory, Role};
+use kvxfer_cuda::{Agent, KvLayer, Memory, Role};
 
 use crate::harness::{Gate, device, drain, get};
 use engine::{BLOCK_BYTES, BLOCKS, Engine, Folder, LAYERS, blocks, config, pair, prompt};
@@ -215,8 +215,7 @@ fn kv_in_host_memory_and_a_pool_on_a_gpu_do_not_meet() {
 #[test]
 fn wrong_bytes_in_the_pool_are_caught() {
     let device = device!();
-    let flip = |config: &mut AgentConfig| config.fault = Some(kvxfer_cuda::Fault::FlipAfterCommit);
-    let mut pair = pair(&device, flip);
+    let mut pair = pair(&device, |config| config.fault = Some(kvxfer_cuda::Fault::FlipAfterCommit));
     let prompt = prompt(1, 100);
     let claim = pair.pushed_and_claimed(&prompt);
     let loaded = pair.decode.load(claim, &prompt, &blocks(&prompt, 11));
