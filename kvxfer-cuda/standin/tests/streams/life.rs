@@ -1,5 +1,6 @@
 //! What ends, and what must end.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use cudarc::driver::sys::CUresult;
@@ -114,12 +115,15 @@ fn work_that_was_dropped_with_its_device_holds_nobody_up() {
         let (say, bound) = std::sync::mpsc::channel();
         let waiter = std::thread::spawn(move || {
             bind(0);
-            say.send(()).expect("somebody listens");
+            say.send(std::fs::read_link("/proc/thread-self")).expect("somebody listens");
             code!(cuStreamSynchronize(address as _))
         });
-        bound.recv().expect("it says so");
-        // By then it waits, or this shows less than it could.
-        std::thread::sleep(Duration::from_millis(20));
+        let waiting = bound.recv().expect("it says so").expect("its name");
+        let start = Instant::now();
+        while !sleeps(&waiting) {
+            assert!(start.elapsed() < Duration::from_secs(20), "it does not wait");
+            std::thread::yield_now();
+        }
         let start = Instant::now();
         let (mut free, mut total) = (0, 0);
         let failed = CUresult::CUDA_ERROR_LAUNCH_FAILED;
@@ -129,6 +133,12 @@ fn work_that_was_dropped_with_its_device_holds_nobody_up() {
         assert_eq!(waiter.join().map_err(drop), Ok(failed));
         assert!(start.elapsed() < Duration::from_secs(20), "woken by nobody");
     });
+}
+
+fn sleeps(thread: &Path) -> bool {
+    let stat = Path::new("/proc").join(thread).join("stat");
+    let stat = std::fs::read_to_string(stat).expect("readable");
+    stat.rsplit(')').next().is_some_and(|fields| fields.starts_with(" S"))
 }
 
 #[test]
