@@ -1,5 +1,7 @@
 //! Agents and observers, engines being models of ours: whole requests over real sockets and memory.
 
+#[path = "../common/mod.rs"]
+mod common;
 mod engine;
 mod logs;
 mod processes;

@@ -1,99 +1,64 @@
 //! The prefill engine in a process of its own, which can be killed, stopped and started again.
 //!
-//! The child is this test binary, told by its environment to be a prefill engine. It computes one prompt a
-//! line of its standard input and answers each with a line.
+//! The child is this test binary, told to be a prefill engine. It computes one prompt for each that it is told,
+//! and says so.
 
-use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
-use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::Duration;
 
-use crossbeam_channel::{Receiver, unbounded};
 use kvxfer_core::wire::message::Next;
 use kvxfer_cuda::{Address, Role};
 
+use crate::common::{Peer, parent};
 use crate::engine::{self, Engine, PATIENCE, config};
 use crate::{blocks, prompt, tempdir::TempDir};
 
-const BE_PREFILL: &str = "KVXFER_TEST_BE_PREFILL";
-
-struct Prefill {
-    child: Child,
-    stdin: ChildStdin,
-    lines: Receiver<String>,
-}
+struct Prefill(Peer);
 
 impl Prefill {
     fn start(dir: &Path, consumer: &Address, fault: &str) -> Self {
-        let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "processes::child_prefill", "--nocapture", "--test-threads", "1"])
-            .env(BE_PREFILL, format!("{}\n{consumer}\n{fault}", dir.display()))
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let (send, lines) = unbounded();
-        let stdout = BufReader::new(child.stdout.take().unwrap());
-        std::thread::spawn(move || {
-            // libtest's own words come before our mark, or in lines without it.
-            let ours = |line: String| Some(line.split_once("prefill: ")?.1.to_owned());
-            for line in stdout.lines().map_while(Result::ok).filter_map(ours) {
-                let _ = send.send(line);
-            }
-        });
-        let stdin = child.stdin.take().unwrap();
-        let mut prefill = Self { child, stdin, lines };
+        let mut prefill = Self(Peer::start("processes::child_prefill", "prefill"));
+        for word in [&*dir.display().to_string(), &*consumer.to_string(), fault] {
+            prefill.0.wire.say(word);
+        }
         prefill.expect("ready");
         prefill
     }
 
     fn expect(&mut self, what: &str) {
-        assert_eq!(self.lines.recv_timeout(PATIENCE).as_deref(), Ok(what));
+        assert_eq!(self.0.wire.hear(), what);
     }
 
     /// `computed` once the KV is there and the agent was told; `pushed` once no block is read any more.
     fn compute(&mut self, seed: u32, tokens: u32) {
-        writeln!(self.stdin, "{seed} {tokens}").unwrap();
+        self.0.wire.say(&format!("{seed} {tokens}"));
         self.expect("computed");
     }
-
-    #[cfg(feature = "faults")]
-    fn signal(&self, signal: rustix::process::Signal) {
-        let pid = rustix::process::Pid::from_child(&self.child);
-        rustix::process::kill_process(pid, signal).unwrap();
-    }
 }
 
-impl Drop for Prefill {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// Not a test: what the child process does.
+/// Not a test: what the child process does, until it is killed.
 #[test]
 fn child_prefill() {
-    let Ok(told) = std::env::var(BE_PREFILL) else { return };
-    let [dir, consumer, fault] = told.split('\n').collect::<Vec<_>>()[..] else { panic!("{told}") };
-    let mut config = config(Role::Producer, Path::new(dir));
+    let Some(mut wire) = parent("prefill") else { return };
+    let (dir, consumer, fault) = (wire.hear(), wire.hear(), wire.hear());
+    let mut config = config(Role::Producer, Path::new(&dir));
     config.peers = vec![consumer.parse().unwrap()];
     config.hold = PATIENCE;
     #[cfg(feature = "faults")]
     {
         config.fault = (fault == "hold-commit").then_some(kvxfer_cuda::Fault::HoldCommit);
     }
-    let _ = fault;
     let mut engine = Engine::start(config);
-    println!("prefill: ready");
-    for line in std::io::stdin().lines().map_while(Result::ok) {
-        let numbers: Vec<u32> = line.split(' ').map(|word| word.parse().unwrap()).collect();
+    wire.say("ready");
+    loop {
+        let order = wire.hear();
+        let numbers: Vec<u32> = order.split(' ').map(|word| word.parse().unwrap()).collect();
         let prompt = prompt(numbers[0], numbers[1]);
         let offer = engine.prefill(&prompt, &blocks(&prompt, 7));
-        println!("prefill: computed");
+        wire.say("computed");
         if fault.is_empty() {
             engine.until_pushed(offer, prompt.len().div_ceil(engine::CHUNK_TOKENS as usize));
-            println!("prefill: pushed");
+            wire.say("pushed");
         }
     }
 }
@@ -141,7 +106,7 @@ fn a_killed_producer_is_fenced_by_its_death_and_a_new_one_serves() {
     prefill.compute(5, 1000);
     let claim = decode.claim(&text);
     decode.until_claimed(claim, Next::Writing);
-    prefill.signal(rustix::process::Signal::KILL);
+    prefill.0.signal(rustix::process::Signal::KILL);
     decode.until_claimed(claim, Next::Lost);
     let loaded = decode.load(claim, &text, &blocks(&text, 11));
     assert_eq!(loaded.result.unwrap_err().kind(), kvxfer_core::ErrorKind::PeerLost);
@@ -166,10 +131,10 @@ fn a_stopped_producer_is_fenced_by_fresh_memory() {
     prefill.compute(5, 1000);
     let claim = decode.claim(&text);
     decode.until_claimed(claim, Next::Writing);
-    prefill.signal(rustix::process::Signal::STOP);
+    prefill.0.signal(rustix::process::Signal::STOP);
     // Silence ends the link, and frees nothing: the process lives.
     decode.until_claimed(claim, Next::Lost);
     until_empty(&decode);
     assert!(decode.agent.stats().unwrap().consumer.replaced_segments > 0);
-    prefill.signal(rustix::process::Signal::CONT);
+    prefill.0.signal(rustix::process::Signal::CONT);
 }

@@ -6,6 +6,8 @@
 #![expect(unreachable_pub, reason = "a test has no users")]
 
 mod allocations;
+#[path = "../common/mod.rs"]
+mod common;
 mod contract;
 mod copier;
 mod faults;

@@ -1,26 +1,20 @@
 //! Two real processes and one segment of GPU memory, killed in the middle of copies.
 
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Instant;
 
-use kvxfer_core::sum::Sum;
-use kvxfer_core::transport::{Completion, Post, RegionId, SegmentHandle, Transport, Write};
-use kvxfer_core::{Incarnation, PostId, Result, SegmentId};
+use kvxfer_core::SegmentId;
+use kvxfer_core::transport::Transport;
 use kvxfer_cuda::device::{Copier, CopierConfig, DevicePool, DeviceRegions};
-use kvxfer_cuda::driver::{Buffer, Device, DevicePtr, Priority, Stream};
+use kvxfer_cuda::driver::{Buffer, Device, DevicePtr, Priority};
 use kvxfer_cuda::transport::{CudaIpc, cuda_ipc};
 
-use crate::harness::{
-    DEADLINE, Peer, Wire, child_device, device, drain, get, parent, pattern, put,
+use crate::common::writer::{
+    BYTES, HALF, ID, PEER, Writer, check_lower_half, content, mirrored, next_round, receive, send,
+    start,
 };
+use crate::harness::{DEADLINE, Peer, child_device, device, drain, get, parent, put};
 
-const BYTES: u64 = 4 << 20;
-const HALF: u64 = BYTES / 2;
-const BLOCK: u64 = 4096;
-const SEED: u64 = 42;
-const PEER: Incarnation = Incarnation([1; 16]);
-const ID: SegmentId = SegmentId(0);
 const POISON: u8 = 0xEE;
 
 /// How often a process is killed: `KVXFER_KILLS`, else a few times.
@@ -30,36 +24,6 @@ fn kills() -> u32 {
 
 fn config() -> CopierConfig {
     CopierConfig { kernel_below: Some(16 << 10), ..CopierConfig::default() }
-}
-
-/// What the producer's memory holds.
-fn content() -> Vec<u8> {
-    pattern(BYTES as usize, 1)
-}
-
-/// Every block of the lower half, at the mirrored place.
-fn mirrored() -> Vec<Write> {
-    (0..HALF / BLOCK)
-        .map(|i| Write {
-            region: RegionId(0),
-            src: i * BLOCK,
-            segment: ID,
-            dst: HALF - (i + 1) * BLOCK,
-            len: BLOCK,
-        })
-        .collect()
-}
-
-/// The bytes of a handle's blob. It is as long as this version's are.
-const BLOB: usize = 49;
-
-fn send(wire: &mut Wire, handle: &SegmentHandle) {
-    wire.send_fd(&handle.blob, handle.fds[0].as_fd());
-}
-
-fn receive(wire: &mut Wire) -> SegmentHandle {
-    let (blob, fd) = wire.receive_fd::<BLOB>();
-    SegmentHandle { blob: blob.to_vec(), bytes: BYTES, fds: vec![fd] }
 }
 
 fn fill(device: &Device, ptr: DevicePtr, byte: u8, len: u64) {
@@ -73,11 +37,15 @@ fn fill(device: &Device, ptr: DevicePtr, byte: u8, len: u64) {
 /// The bodies of the children; an empty test otherwise.
 #[test]
 fn child() {
-    if let Some(mut wire) = parent("write") {
-        Producer::started(&mut wire);
-    }
-    if let Some(mut wire) = parent("scribble") {
-        Producer::started(&mut wire).scribble(&mut wire);
+    for role in ["write", "scribble"] {
+        let Some(mut wire) = parent(role) else { continue };
+        let device = child_device();
+        let mut producer = Producer::new(&device);
+        producer.writer.begin(&mut wire);
+        if role == "scribble" {
+            let memory = producer.memory.ptr();
+            producer.writer.scribble(&mut wire, |byte| fill(&device, memory, byte, BYTES));
+        }
     }
     if let Some(mut wire) = parent("export") {
         let mut pool = DevicePool::new(&child_device(), 1, BYTES).unwrap();
@@ -87,10 +55,7 @@ fn child() {
 }
 
 struct Producer {
-    transport: CudaIpc,
-    posts: u64,
-    ended: Vec<Completion>,
-    stream: Stream,
+    writer: Writer<CudaIpc>,
     // The last to be dropped: the transport reads it.
     memory: Buffer,
 }
@@ -104,99 +69,24 @@ impl Producer {
         unsafe { regions.register(memory.ptr(), BYTES) }.unwrap();
         let copier = Copier::new(device, config(), || ()).unwrap();
         let transport = CudaIpc::new(device.clone(), Arc::new(regions), copier);
-        let stream = device.stream(Priority::Default).unwrap();
-        Self { transport, posts: 0, ended: Vec::new(), stream, memory }
-    }
-
-    /// Attaches what the parent sends, and writes the lower half, once and for good.
-    fn started(wire: &mut Wire) -> Self {
-        let mut producer = Self::new(&child_device());
-        producer.attach(receive(wire));
-        let sum = producer.write(&mirrored()).unwrap();
-        wire.send(&sum.to_le_bytes());
-        producer
-    }
-
-    fn attach(&mut self, handle: SegmentHandle) {
-        self.transport.attach(PEER, ID, handle).unwrap();
-    }
-
-    fn post(&mut self, writes: &[Write]) -> Result<()> {
-        self.posts += 1;
-        self.transport.post(Post {
-            id: PostId(self.posts),
-            peer: PEER,
-            grant: None,
-            seed: SEED,
-            writes,
-        })
-    }
-
-    fn end(&mut self) -> Completion {
-        let start = Instant::now();
-        while self.ended.is_empty() {
-            assert!(start.elapsed() < DEADLINE, "a post does not end");
-            self.transport.poll(0, &mut self.ended);
-            std::thread::yield_now();
-        }
-        self.ended.remove(0)
-    }
-
-    fn write(&mut self, writes: &[Write]) -> Result<u64> {
-        self.post(writes)?;
-        self.end().result
-    }
-
-    /// Writes to the upper half, other bytes each time, until the parent is gone. Answers each byte
-    /// from the parent after one more complete round.
-    fn scribble(&mut self, wire: &mut Wire) {
-        wire.nonblocking();
-        let start = Instant::now();
-        let upper = [Write { region: RegionId(0), src: HALF, segment: ID, dst: HALF, len: HALF }];
-        for round in 1_u64.. {
-            assert!(start.elapsed() < DEADLINE, "nobody stops this writer");
-            let Some(asked) = wire.asked() else { return };
-            self.stream.fill(self.memory.ptr(), round as u8 | 1, BYTES).unwrap();
-            drain(&self.stream);
-            self.write(&upper).unwrap();
-            if asked {
-                wire.send(&round.to_le_bytes());
-            }
-        }
+        Self { writer: Writer::new(transport), memory }
     }
 }
 
 // The parent.
 
-/// Starts a writer that is given segment 0 of the pool, and waits for its sum of the lower half.
+/// A writer that is given segment 0 of the pool, and what it says the sum of the lower half is.
 fn writer(role: &str, pool: &mut DevicePool) -> (Peer, u64) {
-    let mut peer = Peer::start("two_process::child", role);
-    send(&mut peer.wire, &cuda_ipc::export(pool, ID, PEER).unwrap());
-    let told = u64::from_le_bytes(peer.wire.receive());
-    (peer, told)
-}
-
-/// Waits for one more complete round of a scribbler.
-fn next_round(peer: &mut Peer) -> u64 {
-    peer.wire.send(&[1]);
-    u64::from_le_bytes(peer.wire.receive())
+    start("two_process::child", role, &cuda_ipc::export(pool, ID, PEER).unwrap())
 }
 
 fn at(pool: &DevicePool, offset: u64) -> DevicePtr {
     pool.at(ID, offset, HALF).unwrap()
 }
 
-/// Checks what a child wrote to the lower half, and what it says the sum is.
 #[track_caller]
-fn check_lower_half(device: &Device, lower: DevicePtr, told: u64) {
-    let (content, seen) = (content(), get(device, lower, HALF as usize));
-    let mut sum = Sum::new(SEED);
-    for write in mirrored() {
-        let expected = &content[write.src as usize..][..BLOCK as usize];
-        assert!(&seen[write.dst as usize..][..BLOCK as usize] == expected, "at {}", write.dst);
-        sum.update(expected);
-    }
-    assert_eq!(told, sum.finish());
+fn check_lower(device: &Device, pool: &DevicePool, told: u64) {
+    check_lower_half(&get(device, at(pool, 0), HALF as usize), told);
 }
 
 #[test]
@@ -206,7 +96,7 @@ fn another_process_writes_blocks_and_tells_their_sum() {
     let other = pool.at(SegmentId(1), 0, BYTES).unwrap();
     fill(&device, other, POISON, BYTES);
     let (peer, told) = writer("write", &mut pool);
-    check_lower_half(&device, at(&pool, 0), told);
+    check_lower(&device, &pool, told);
     assert!(get(&device, other, BYTES as usize).iter().all(|&byte| byte == POISON));
     peer.succeeds();
 }
@@ -224,7 +114,7 @@ fn no_write_comes_after_the_writers_death() {
         assert!(upper.iter().all(|&byte| byte != 0), "nothing was scribbled");
 
         peer.kill();
-        check_lower_half(&device, at(&pool, 0), told);
+        check_lower(&device, &pool, told);
         fill(&device, at(&pool, HALF), POISON, HALF);
         // Long enough for copies that were queued: each read is of the whole half.
         for _ in 0..5 {
@@ -266,11 +156,11 @@ fn fresh_memory_hides_what_a_living_writer_still_writes() {
     assert!(round > first);
     let upper = get(&device, at(&pool, HALF), HALF as usize);
     assert!(upper.iter().all(|&byte| byte == POISON), "it reached the fresh memory");
-    check_lower_half(&device, at(&pool, 0), told);
+    check_lower(&device, &pool, told);
 
     // And the fresh memory can be given to the next writer meanwhile.
     let (heir, told) = writer("write", &mut pool);
-    check_lower_half(&device, at(&pool, 0), told);
+    check_lower(&device, &pool, told);
     heir.succeeds();
     next_round(&mut peer);
 
@@ -293,20 +183,21 @@ fn an_exporter_killed_under_writes_takes_nothing_of_the_writers_along() {
     for _ in 0..kills() {
         let mut peer = Peer::start("two_process::child", "export");
         let mut producer = Producer::new(&device);
-        producer.attach(receive(&mut peer.wire));
-        let sum = producer.write(&mirrored()).unwrap();
+        let writer = &mut producer.writer;
+        writer.attach(receive(&mut peer.wire));
+        let sum = writer.write(&mirrored()).unwrap();
         for _ in 0..8 {
-            producer.post(&mirrored()).unwrap();
+            writer.post(&mirrored()).unwrap();
         }
         peer.kill();
         // The import keeps the memory: what is under way ends well, and so does what comes now.
         for _ in 0..8 {
-            assert_eq!(producer.end().result.unwrap(), sum);
+            assert_eq!(writer.end().result.unwrap(), sum);
         }
-        assert_eq!(producer.write(&mirrored()).unwrap(), sum);
-        producer.transport.detach(PEER, None);
-        assert_eq!(producer.transport.pending(), 0);
-        let gone = producer.post(&mirrored()).unwrap_err();
+        assert_eq!(writer.write(&mirrored()).unwrap(), sum);
+        writer.transport.detach(PEER, None);
+        assert_eq!(writer.transport.pending(), 0);
+        let gone = writer.post(&mirrored()).unwrap_err();
         assert!(!gone.retryable());
     }
 }

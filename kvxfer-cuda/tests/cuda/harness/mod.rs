@@ -4,8 +4,6 @@
 //! share it, those that count what is free have it for themselves. What breaks a context, or wants another stand-in,
 //! happens in a child process: this binary, run again for one test.
 
-mod peer;
-
 use std::fs::{File, OpenOptions};
 use std::io::{self, Write as _};
 use std::ops::Deref;
@@ -19,10 +17,7 @@ use kvxfer_cuda::driver::{
 };
 use rustix::fs::{FlockOperation, flock};
 
-pub use peer::{Peer, Wire, parent};
-
-/// No wait of a test is longer.
-pub const DEADLINE: Duration = Duration::from_secs(60);
+pub use crate::common::{DEADLINE, Peer, Wire, parent};
 
 /// Leave to use the devices, until it is dropped.
 pub struct Lease<T> {

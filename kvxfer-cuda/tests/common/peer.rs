@@ -8,7 +8,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 
 use kvxfer_cuda::fds::{recv_with_fds, send_with_fds};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 
 use super::DEADLINE;
 
@@ -52,13 +52,29 @@ impl Wire {
         bytes
     }
 
+    /// A handle's blob, with its descriptor.
+    #[track_caller]
+    pub fn receive_blob(&mut self) -> (Vec<u8>, OwnedFd) {
+        let mut bytes = [0; 64];
+        let (len, fd) = self.receive_with_fd(&mut bytes);
+        (bytes[..len].to_vec(), fd)
+    }
+
     #[track_caller]
     pub fn receive_fd<const N: usize>(&mut self) -> ([u8; N], OwnedFd) {
-        let (mut bytes, mut fds) = ([0; N], Vec::new());
-        let len = recv_with_fds(&self.0, &mut bytes, &mut fds)
-            .expect("the other process answers in time");
-        assert_eq!((len, fds.len()), (N, 1));
-        (bytes, fds.remove(0))
+        let mut bytes = [0; N];
+        let (len, fd) = self.receive_with_fd(&mut bytes);
+        assert_eq!(len, N);
+        (bytes, fd)
+    }
+
+    #[track_caller]
+    fn receive_with_fd(&mut self, bytes: &mut [u8]) -> (usize, OwnedFd) {
+        let mut fds = Vec::new();
+        let len =
+            recv_with_fds(&self.0, bytes, &mut fds).expect("the other process answers in time");
+        assert_eq!(fds.len(), 1);
+        (len, fds.remove(0))
     }
 
     /// The next order; none when the other side has gone.
@@ -119,6 +135,15 @@ impl Peer {
     pub fn kill(&mut self) {
         self.process.kill().unwrap();
         self.reap();
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.process), signal).unwrap();
+    }
+
+    #[track_caller]
+    pub fn assert_alive(&mut self) {
+        assert!(self.process.try_wait().unwrap().is_none(), "the child has ended");
     }
 
     /// Waits for its end.
