@@ -96,6 +96,16 @@ pub struct AgentConfig {
     pub data_port: u16,
     /// Consumer: how many of them a producer opens.
     pub tcp_streams: u32,
+    /// What UCX is taken from: a file called libucp.so.0, or a folder with one. `None`: what the process has loaded,
+    /// then the system's, then `ucx_wheel`.
+    pub ucx_library: Option<PathBuf>,
+    /// Where the Python wheel's UCX is, if it is installed.
+    pub ucx_wheel: Option<PathBuf>,
+    /// Also take the `ucx` path where UCX has no RDMA. Its bytes go where the sender says then, so each peer has to be
+    /// trusted with this process's memory.
+    pub trust_ucx_peers: bool,
+    /// The network devices that UCX may use, as `UCX_NET_DEVICES` has them. `None`: as UCX thinks.
+    pub ucx_devices: Option<String>,
     /// Deliberate faults, for tests.
     #[cfg(feature = "faults")]
     pub fault: Option<Fault>,
@@ -148,6 +158,10 @@ impl AgentConfig {
             failover: false,
             data_port: 0,
             tcp_streams: 2,
+            ucx_library: None,
+            ucx_wheel: None,
+            trust_ucx_peers: false,
+            ucx_devices: None,
             #[cfg(feature = "faults")]
             fault: None,
         }

@@ -16,7 +16,7 @@ mod observer;
 mod planted;
 pub mod transport;
 
-pub use agent::{Agent, AgentStats, KvLayer, Loaded};
+pub use agent::{Agent, AgentStats, KvLayer, Loaded, Path};
 #[cfg(feature = "faults")]
 pub use config::Fault;
 pub use config::{AgentConfig, Memory, Role, default_socket_dir};

@@ -1,5 +1,6 @@
 //! The worker half's agent.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use kvxfer_core::gc::{AfterRetrieve, GcConfig};
@@ -30,6 +31,35 @@ pub(crate) struct Loaded {
 }
 
 #[pyclass(frozen, module = "kvxfer._kvxfer")]
+pub(crate) struct Path {
+    #[pyo3(get)]
+    peer: String,
+    #[pyo3(get)]
+    to_peer: bool,
+    #[pyo3(get)]
+    name: &'static str,
+    #[pyo3(get)]
+    lanes: Option<String>,
+    #[pyo3(get)]
+    refused: Vec<(String, String)>,
+    #[pyo3(get)]
+    gbps: Option<f64>,
+}
+
+impl From<kvxfer_cuda::Path> for Path {
+    fn from(path: kvxfer_cuda::Path) -> Self {
+        Self {
+            peer: path.peer_name,
+            to_peer: path.to_peer,
+            name: path.name.as_str(),
+            lanes: path.lanes,
+            refused: path.refused.into_iter().map(|refusal| (refusal.path, refusal.why)).collect(),
+            gbps: path.gbps,
+        }
+    }
+}
+
+#[pyclass(frozen, module = "kvxfer._kvxfer")]
 pub(crate) struct Agent(CoreAgent);
 
 #[pymethods]
@@ -38,7 +68,8 @@ impl Agent {
     #[pyo3(signature = (*, role, layout, name=String::new(), listen=None, peers=Vec::new(), socket_dir=None,
         buffer_size=1 << 30, segments=8, gc=true, gc_policy="drop", high_watermark=0.9, low_watermark=0.7,
         unclaimed_ttl=60.0, load_timeout=30.0, hold_timeout=30.0, lease=10.0, allow_insecure=false,
-        require_path=None, memory="host"))]
+        require_path=None, failover=false, data_port=0, tcp_streams=2, ucx_library=None, ucx_wheel=None,
+        ucx_devices=None, trust_ucx_peers=false, memory="host"))]
     #[expect(clippy::too_many_arguments, reason = "keywords, each a documented setting")]
     fn new(
         py: Python<'_>,
@@ -60,6 +91,13 @@ impl Agent {
         lease: f64,
         allow_insecure: bool,
         require_path: Option<String>,
+        failover: bool,
+        data_port: u16,
+        tcp_streams: u32,
+        ucx_library: Option<PathBuf>,
+        ucx_wheel: Option<PathBuf>,
+        ucx_devices: Option<String>,
+        trust_ucx_peers: bool,
         memory: &str,
     ) -> PyResult<Self> {
         let role = match role {
@@ -103,6 +141,13 @@ impl Agent {
             silence: lease,
             allow_insecure,
             require_path: require_path.as_deref().map(str::parse).transpose().map_err(raise)?,
+            failover,
+            data_port,
+            tcp_streams,
+            ucx_library,
+            ucx_wheel,
+            ucx_devices,
+            trust_ucx_peers,
             #[cfg(feature = "faults")]
             fault: fault()?,
             ..defaults
@@ -253,6 +298,11 @@ impl Agent {
             dict.set_item(name, value)?;
         }
         Ok(dict)
+    }
+
+    fn paths(&self, py: Python<'_>) -> PyResult<Vec<Path>> {
+        let stats = py.detach(|| self.0.stats()).map_err(raise)?;
+        Ok(stats.paths.into_iter().map(Path::from).collect())
     }
 
     fn close(&self, py: Python<'_>) -> PyResult<()> {

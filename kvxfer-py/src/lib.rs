@@ -18,7 +18,7 @@ fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     let info = PyDict::new(py);
     info.set_item("version", env!("CARGO_PKG_VERSION"))?;
     info.set_item("profile", if cfg!(debug_assertions) { "debug" } else { "release" })?;
-    info.set_item("paths", ["local", "shm"])?;
+    info.set_item("paths", kvxfer_core::path::PathName::ALL.map(|path| path.as_str()))?;
     info.set_item("faults", cfg!(feature = "faults"))?;
     info.set_item("wire_versions", kvxfer_core::wire::VERSIONS)?;
     info.set_item("key_version", kvxfer_core::key::KEY_VERSION)?;
@@ -35,6 +35,7 @@ fn _kvxfer(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<keys::Keyspace>()?;
     module.add_class::<agent::Loaded>()?;
     module.add_class::<agent::Agent>()?;
+    module.add_class::<agent::Path>()?;
     module.add_class::<observer::Observer>()?;
     errors::add(module)
 }

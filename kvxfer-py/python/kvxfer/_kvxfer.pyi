@@ -4,6 +4,7 @@ Every call that may block or lock releases the GIL. Every class that owns a thre
 idempotent `close()`. Errors are subclasses of `KvxferError`.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import final
@@ -27,6 +28,7 @@ __all__ = [
     "NotFound",
     "Observer",
     "OutOfBounds",
+    "Path",
     "PeerLost",
     "PoolFull",
     "ProtocolError",
@@ -108,6 +110,29 @@ class Loaded:
         """How the bytes came to this host's pool: "shm", "tcp", …"""
 
 @final
+class Path:
+    """How bytes go between an agent and a peer, and why not in a better way. Frozen."""
+
+    @property
+    def peer(self) -> str:
+        """What the peer calls itself."""
+    @property
+    def to_peer(self) -> bool:
+        """Whether the peer is the side that takes the bytes."""
+    @property
+    def name(self) -> str:
+        """ "shm", "tcp", …"""
+    @property
+    def lanes(self) -> str | None:
+        """Which of its ways the path takes, where it has several: "NVLink"."""
+    @property
+    def refused(self) -> list[tuple[str, str]]:
+        """Each better path, and why it was not taken."""
+    @property
+    def gbps(self) -> float | None:
+        """GB/s of the first bytes that went this way, if nothing else did at the time."""
+
+@final
 class Agent:
     """One engine rank's memory, peers and transfers; one progress thread inside."""
 
@@ -132,6 +157,13 @@ class Agent:
         lease: float = 10.0,
         allow_insecure: bool = False,
         require_path: str | None = None,
+        failover: bool = False,
+        data_port: int = 0,
+        tcp_streams: int = 2,
+        ucx_library: str | os.PathLike[str] | None = None,
+        ucx_wheel: str | os.PathLike[str] | None = None,
+        ucx_devices: str | None = None,
+        trust_ucx_peers: bool = False,
         memory: str = "host",
     ) -> Self:
         """`role`: "producer", "consumer" or "both". `listen` and `peers`: "host:port" or
@@ -188,6 +220,8 @@ class Agent:
     def wait_connected(self, seconds: float) -> bool:
         """Blocks until all `peers` are connected; False when time was up. What a producer offers
         before then goes to those that are."""
+    def paths(self) -> list[Path]:
+        """How bytes go between this agent and each connected peer."""
     def stats(self) -> dict[str, int | float | str]: ...
     def close(self) -> None:
         """Ends the thread. When it returns, no engine memory is read or written any more; when it

@@ -252,10 +252,40 @@ class Config:
         _text, "0", "Part of the keys: KV computed with other weights is never matched."
     )
     require_path: str | None = _key(
-        _choice("local", "shm", "cuda_ipc"),
+        _choice("local", "shm", "cuda_ipc", "ucx", "tcp"),
         None,
         "Refuse a peer rather than reach it by another path.",
         shown="the best there is",
+    )
+    failover: bool = _key(
+        _flag,
+        False,
+        "Whether a peer whose path failed twice in a row may be reached by the next best one. The "
+        "log says so; after a minute the better one gets another chance with the next connection.",
+    )
+    data_port: int = _key(
+        _count,
+        0,
+        "Consumer: the port for the data of the tcp path; rank r uses this one plus r.",
+        shown="any free one",
+    )
+    tcp_streams: int = _key(
+        _count, 2, "Consumer: how many data connections each producer opens for the tcp path."
+    )
+    ucx_library: str | None = _key(
+        _text,
+        None,
+        "The file libucp.so.0, or its folder, that the ucx path uses.",
+        shown="what the process has loaded, the system's, or the wheel libucx",
+    )
+    ucx_devices: str | None = _key(
+        _text, None, "The network devices that UCX may use (UCX_NET_DEVICES).", shown="UCX chooses"
+    )
+    trust_ucx_peers: bool = _key(
+        _flag,
+        False,
+        "Also take the ucx path where it has no RDMA. Its bytes then go where the sender says: "
+        "every peer is trusted with this process's memory.",
     )
     allow_insecure: bool = _key(
         _flag, False, "Accept peers over TCP without proof of who they are."

@@ -14,6 +14,7 @@ from vllm.logger import init_logger
 
 from kvxfer import Agent, KvxferError
 from kvxfer.config import Config
+from kvxfer.ucx import ucx_wheel
 from kvxfer.vllm.device import HOST, current_stream, memory_bytes, place
 from kvxfer.vllm.layout import describe, layer_names, memory_of
 from kvxfer.vllm.metadata import Handshake, Load, StepMetadata
@@ -93,6 +94,13 @@ class WorkerHalf:
             lease=config.lease,
             allow_insecure=config.allow_insecure,
             require_path=config.require_path,
+            failover=config.failover,
+            data_port=config.data_port and config.data_port + port_offset,
+            tcp_streams=config.tcp_streams,
+            ucx_library=config.ucx_library,
+            ucx_wheel=ucx_wheel(),
+            ucx_devices=config.ucx_devices,
+            trust_ucx_peers=config.trust_ucx_peers,
         )
 
     def register(self, caches: "Mapping[str, torch.Tensor]") -> None:
