@@ -25,11 +25,18 @@ fn build_info(py: Python<'_>) -> PyResult<Bound<'_, PyDict>> {
     Ok(info)
 }
 
+/// Runs the command line, without the program's name, and answers its exit code.
+#[pyfunction]
+fn cli(py: Python<'_>, argv: Vec<String>) -> i32 {
+    py.detach(|| kvxfer_cli::run(argv))
+}
+
 #[pymodule]
 fn _kvxfer(module: &Bound<'_, PyModule>) -> PyResult<()> {
     log_to_stderr();
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_function(wrap_pyfunction!(build_info, module)?)?;
+    module.add_function(wrap_pyfunction!(cli, module)?)?;
     module.add_class::<keys::Layout>()?;
     module.add_class::<keys::Keys>()?;
     module.add_class::<keys::Keyspace>()?;

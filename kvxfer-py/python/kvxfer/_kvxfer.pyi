@@ -36,12 +36,17 @@ __all__ = [
     "VersionMismatch",
     "__version__",
     "build_info",
+    "cli",
 ]
 
 __version__: str
 
 def build_info() -> dict[str, object]:
     """Version, build profile, and which transports and drivers this build and machine have."""
+
+def cli(argv: Sequence[str]) -> int:
+    """Runs the command line `kvxfer`, without the program's name; its output goes to the process's
+    own, past `sys.stdout`. Answers the exit code."""
 
 @final
 class Layout:
