@@ -8,7 +8,8 @@
 //!    exactly one [`Completion`].
 //! 2. `Ok` means that every byte is visible to the consumer.
 //! 3. An error says nothing about which bytes arrived, but says that no more will: a completion is
-//!    a local drain. Nothing is cancelled by waiting less.
+//!    a local drain. Nothing is cancelled by waiting less. Over a network, what has left here and not been
+//!    stored is for its receiver to refuse.
 //! 4. Each completion carries the incarnation of the peer it concerns, so that one of a peer's
 //!    earlier life is recognised.
 //! 5. A post is validated as a whole before its first byte moves.

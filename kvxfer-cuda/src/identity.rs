@@ -10,6 +10,14 @@ pub(crate) fn incarnation() -> Result<Incarnation> {
     read("/proc/sys/kernel/random/uuid").map(Incarnation)
 }
 
+/// A secret for one use: the kernel's random bits, 122 of them.
+///
+/// # Errors
+/// `Io`: the kernel gives no randomness.
+pub(crate) fn token() -> Result<[u8; 16]> {
+    read("/proc/sys/kernel/random/uuid")
+}
+
 /// The kernel's boot id: the same in all containers of a host, another after each start.
 ///
 /// # Errors

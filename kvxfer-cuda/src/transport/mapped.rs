@@ -17,9 +17,9 @@ use crate::copy::{Drain, Stores, copy_summed};
 use crate::memory::{Mapping, Regions};
 
 /// The most posts under way.
-const POSTS: usize = 1 << 12;
+pub(super) const POSTS: usize = 1 << 12;
 /// The most writes under way, in all posts; a post with more is taken when it is alone.
-const WRITES: usize = 1 << 16;
+pub(super) const WRITES: usize = 1 << 16;
 /// The least that is copied at once, so that a small budget does not make many small copies. A
 /// multiple of 64: a write goes on where words and cache lines begin.
 const SLICE: u64 = 4096;
@@ -244,7 +244,7 @@ impl<A: Attach> Transport for Mapped<A> {
     }
 }
 
-fn full(name: PathName, posts: usize, writes: usize) -> Error {
+pub(super) fn full(name: PathName, posts: usize, writes: usize) -> Error {
     ErrorKind::PoolFull
         .error(format!("{name} is busy with {posts} posts of {writes} writes"))
         .fix("poll, then post again")

@@ -7,6 +7,7 @@
 //! | [`Local`] | agents of this process | stores into their segments |
 //! | [`Shm`] | processes of this host | the same, into their memfds |
 //! | [`CudaIpc`] | GPUs of this host | copies of this GPU, into theirs |
+//! | [`Tcp`] | any host | sends to a [`TcpTarget`], which stores what its owner gave leave for |
 
 pub mod cuda_ipc;
 pub mod fault;
@@ -15,6 +16,7 @@ mod mapped;
 mod overlap;
 pub mod shm;
 pub mod target;
+pub mod tcp;
 
 use kvxfer_core::path::PathName;
 use kvxfer_core::{ErrorKind, Result};
@@ -25,6 +27,7 @@ pub use local::Local;
 pub use mapped::{Attach, Mapped};
 pub use shm::Shm;
 pub use target::Target;
+pub use tcp::{Tcp, TcpTarget};
 
 /// Version of the blobs below.
 const BLOB: u8 = 1;

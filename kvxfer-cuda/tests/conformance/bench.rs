@@ -1,5 +1,6 @@
 //! What the clauses need of a transport: two consumers, memory to write from, a look at the result.
 
+use std::cell::RefCell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -10,7 +11,7 @@ use kvxfer_cuda::copy;
 use kvxfer_cuda::memory::{HostPool, Regions};
 use kvxfer_cuda::transport::fault::{Fault, Faults};
 use kvxfer_cuda::transport::local::LocalExports;
-use kvxfer_cuda::transport::{Local, Shm, shm};
+use kvxfer_cuda::transport::{Local, Shm, Target, Tcp, TcpTarget, shm};
 
 pub const REGIONS: u32 = 2;
 pub const SEGMENTS: u32 = 2;
@@ -45,6 +46,14 @@ pub trait Bench {
         false
     }
 
+    /// Consumers take what has come, where somebody has to.
+    fn receive(&mut self) {}
+
+    /// Sees that nothing more is stored of what was sent to a consumer, where the end of a post does not say so.
+    fn fence(&mut self, consumer: usize) {
+        let _ = consumer;
+    }
+
     fn attach(&mut self, consumer: usize, segment: SegmentId) {
         let (peer, handle) = (self.peer(consumer), self.handle(consumer, segment));
         self.transport().attach(peer, segment, handle).unwrap();
@@ -61,6 +70,7 @@ pub trait Bench {
         while self.transport().pending() > 0 {
             assert!(start.elapsed() < DEADLINE, "posts never end: {out:?}");
             self.transport().poll(1 << 20, &mut out);
+            self.receive();
             if self.by_itself() {
                 std::thread::yield_now();
             }
@@ -79,30 +89,74 @@ pub fn next_peer() -> Incarnation {
     Incarnation(name)
 }
 
+/// A consumer's end of a path into a host pool.
+trait End {
+    /// See [`Bench::by_itself`].
+    const BY_ITSELF: bool = false;
+
+    fn export(&self, pool: &HostPool, segment: SegmentId) -> Result<SegmentHandle>;
+
+    fn receive(&self) {}
+
+    fn fence(&self) {}
+}
+
+impl End for LocalExports {
+    fn export(&self, pool: &HostPool, segment: SegmentId) -> Result<SegmentHandle> {
+        self.export(pool, segment)
+    }
+}
+
+/// Descriptors are all that it takes.
+struct Descriptors;
+
+impl End for Descriptors {
+    fn export(&self, pool: &HostPool, segment: SegmentId) -> Result<SegmentHandle> {
+        shm::export(pool, segment)
+    }
+}
+
+/// The one who writes to targets.
+const WRITER: Incarnation = Incarnation([0xAB; 16]);
+
+impl End for RefCell<TcpTarget> {
+    const BY_ITSELF: bool = true;
+
+    fn export(&self, pool: &HostPool, segment: SegmentId) -> Result<SegmentHandle> {
+        self.borrow_mut().export(WRITER, segment, pool.segment(segment)?)
+    }
+
+    fn receive(&self) {
+        self.borrow_mut().poll(1 << 20, &|_| Ok(()), &mut Vec::new());
+    }
+
+    fn fence(&self) {
+        self.borrow_mut().cut_off(WRITER);
+    }
+}
+
 struct Consumer<E> {
     peer: Incarnation,
     pool: HostPool,
-    exports: E,
+    end: E,
 }
 
 /// A bench for transports into host pools.
 pub struct HostBench<T, E> {
     transport: T,
     consumers: [Consumer<E>; 2],
-    export: fn(&E, &HostPool, SegmentId) -> Result<SegmentHandle>,
     /// Reached through pointers only: the transport reads it.
     regions: Arc<Regions>,
     _memory: Vec<HostPool>,
 }
 
-fn host<T: Transport, E>(
+fn host<T: Transport, E: End>(
     transport: impl FnOnce(Arc<Regions>) -> T,
-    exports: impl Fn(Incarnation) -> E,
-    export: fn(&E, &HostPool, SegmentId) -> Result<SegmentHandle>,
+    end: impl Fn(Incarnation) -> E,
 ) -> HostBench<T, E> {
     let consumers = [(); 2].map(|()| {
         let peer = next_peer();
-        Consumer { peer, pool: HostPool::new(SEGMENTS, BYTES).unwrap(), exports: exports(peer) }
+        Consumer { peer, pool: HostPool::new(SEGMENTS, BYTES).unwrap(), end: end(peer) }
     });
     let memory = HostPool::new(REGIONS, BYTES).unwrap();
     let mut regions = Regions::new();
@@ -113,7 +167,7 @@ fn host<T: Transport, E>(
     }
     let regions = Arc::new(regions);
     let transport = transport(Arc::clone(&regions));
-    let mut bench = HostBench { transport, consumers, export, regions, _memory: vec![memory] };
+    let mut bench = HostBench { transport, consumers, regions, _memory: vec![memory] };
     for consumer in 0..2 {
         for segment in 0..SEGMENTS {
             bench.attach(consumer, SegmentId(segment));
@@ -122,12 +176,19 @@ fn host<T: Transport, E>(
     bench
 }
 
+pub fn tcp() -> Option<impl Bench> {
+    Some(host(
+        |regions| Tcp::new(WRITER, regions).unwrap(),
+        |peer| RefCell::new(TcpTarget::bind(peer, "127.0.0.1", 0, 3).unwrap()),
+    ))
+}
+
 pub fn local() -> Option<impl Bench> {
-    Some(host(Local::new, LocalExports::new, |exports, pool, id| exports.export(pool, id)))
+    Some(host(Local::new, LocalExports::new))
 }
 
 pub fn shm() -> Option<impl Bench> {
-    Some(host(Shm::new, |_| (), |(), pool, id| shm::export(pool, id)))
+    Some(host(Shm::new, |_| Descriptors))
 }
 
 pub fn faultless() -> Option<impl Bench> {
@@ -135,14 +196,10 @@ pub fn faultless() -> Option<impl Bench> {
 }
 
 pub fn faulty(faults: Faults) -> impl Bench {
-    host(
-        |regions| Fault::new(Shm::new(regions), faults),
-        |_| (),
-        |(), pool, id| shm::export(pool, id),
-    )
+    host(|regions| Fault::new(Shm::new(regions), faults), |_| Descriptors)
 }
 
-impl<T: Transport, E> Bench for HostBench<T, E> {
+impl<T: Transport, E: End> Bench for HostBench<T, E> {
     fn transport(&mut self) -> &mut dyn Transport {
         &mut self.transport
     }
@@ -153,7 +210,7 @@ impl<T: Transport, E> Bench for HostBench<T, E> {
 
     fn handle(&mut self, consumer: usize, segment: SegmentId) -> SegmentHandle {
         let consumer = &self.consumers[consumer];
-        (self.export)(&consumer.exports, &consumer.pool, segment).unwrap()
+        consumer.end.export(&consumer.pool, segment).unwrap()
     }
 
     fn replace(&mut self, consumer: usize, segment: SegmentId) {
@@ -174,5 +231,17 @@ impl<T: Transport, E> Bench for HostBench<T, E> {
         let to = self.regions.at(region, offset, bytes.len() as u64).unwrap();
         // SAFETY: `at` checked the range.
         unsafe { to.copy_from(bytes.as_ptr(), bytes.len()) };
+    }
+
+    fn by_itself(&self) -> bool {
+        E::BY_ITSELF
+    }
+
+    fn receive(&mut self) {
+        self.consumers.iter().for_each(|consumer| consumer.end.receive());
+    }
+
+    fn fence(&mut self, consumer: usize) {
+        self.consumers[consumer].end.fence();
     }
 }

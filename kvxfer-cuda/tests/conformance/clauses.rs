@@ -232,6 +232,7 @@ pub fn detaching_ends_what_is_under_way_once(bench: &mut dyn Bench) {
         polls += 1;
         of_gone = out.iter().filter(|end| end.peer == gone).count();
     }
+    bench.fence(0);
     let at_end: Vec<u8> = bench.read(0, ZERO, 0, BYTES);
 
     out.extend(bench.settle());

@@ -50,6 +50,7 @@ conformance!(local, super::bench::local(), a_small_budget_moves_a_little_and_no_
 conformance!(shm, super::bench::shm(), a_small_budget_moves_a_little_and_no_budget_nothing);
 // The decorator does nothing when it is not told to.
 conformance!(fault, super::bench::faultless(), a_small_budget_moves_a_little_and_no_budget_nothing);
+conformance!(tcp, super::bench::tcp());
 // Only where there is a driver, or a stand-in for one.
 conformance!(cuda_ipc, super::cuda::cuda_ipc());
 
