@@ -132,6 +132,12 @@ pub trait Transport: Send {
     /// what ended to `out`.
     fn poll(&mut self, budget: u64, out: &mut Vec<Completion>);
 
+    /// A peer that can't be written to any more, though nobody let go of it, and why; each once. Its posts have ended
+    /// or are about to, and until it is attached anew no others are accepted.
+    fn lost(&mut self) -> Option<(Incarnation, Error)> {
+        None
+    }
+
     /// Posts accepted and not yet ended.
     fn pending(&self) -> usize;
 

@@ -109,6 +109,9 @@ pub struct AgentConfig {
     /// Deliberate faults, for tests.
     #[cfg(feature = "faults")]
     pub fault: Option<Fault>,
+    /// The host that it says it is on, for tests.
+    #[cfg(feature = "faults")]
+    pub boot_id: Option<[u8; 16]>,
 }
 
 /// A deliberate fault.
@@ -164,6 +167,8 @@ impl AgentConfig {
             ucx_devices: None,
             #[cfg(feature = "faults")]
             fault: None,
+            #[cfg(feature = "faults")]
+            boot_id: None,
         }
     }
 

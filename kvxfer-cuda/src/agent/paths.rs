@@ -107,8 +107,11 @@ impl Progress {
             }
         };
         let why_not = || reach.why_not_unix.clone().unwrap_or("it came over TCP".into());
+        let one_process = Local::reaches(peer);
+        #[cfg(feature = "faults")]
+        let one_process = one_process && self.config.boot_id.is_none();
         let pair = Pair {
-            one_process: Local::reaches(peer),
+            one_process,
             hands_memory: reach.can_pass_fds.then_some(()).ok_or_else(why_not),
             gpus,
             kv_on_gpu: memory != Memory::Host,

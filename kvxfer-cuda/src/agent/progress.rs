@@ -29,14 +29,14 @@ use super::push::{News, Pushes, Way};
 use super::register::{EngineMemory, Registered, register};
 use super::store::{DeviceStore, Ended, HostStore, Store};
 use super::{AgentStats, Command, KvLayer, Shared, closed};
-use crate::config::{AgentConfig, Role};
+use crate::config::{AgentConfig, Memory as KvMemory, Role};
 use crate::control::{Address, Control, ControlConfig, Event, Limits, Throttle, Waker};
 use crate::device::{Copier, CopierConfig, DevicePool, Summed};
 use crate::driver::{Device, Event as DeviceEvent};
 use crate::identity;
 use crate::memory::HostPool;
 use crate::transport::local::LocalExports;
-use crate::transport::{CudaIpc, Local, Shm, Target};
+use crate::transport::{CudaIpc, Local, Shm, Target, Tcp, TcpTarget};
 #[cfg(feature = "faults")]
 use crate::transport::{
     Fault,
@@ -118,6 +118,8 @@ impl Progress {
             unix_path: None,
             name: config.name.clone(),
         };
+        #[cfg(feature = "faults")]
+        let hello = Hello { boot_id: config.boot_id.unwrap_or(hello.boot_id), ..hello };
         let mut control = ControlConfig::new(hello);
         control.listen = config.listen.clone().filter(|_| config.role.consumes());
         control.socket_dir = Some(config.socket_dir.clone());
@@ -129,7 +131,8 @@ impl Progress {
             ..Limits::default()
         };
         let mut control = Control::new(control)?;
-        let consuming = pool.map(|pool| consuming(&config, pool, control.waker())).transpose()?;
+        let consuming =
+            pool.map(|pool| consuming(incarnation, &config, pool, control.waker())).transpose()?;
         for target in consuming.iter().flat_map(|consuming| &consuming.targets) {
             control.watch(target.event_fd())?;
         }
@@ -371,9 +374,11 @@ impl Progress {
             return Ok(vec![
                 Way::Host(Box::new(Fault::new(local, faults.clone()))),
                 Way::Host(Box::new(Fault::new(shm, faults))),
+                Way::Host(Box::new(Tcp::new(self.incarnation, Arc::clone(regions))?)),
             ]);
         }
-        Ok(vec![Way::Host(Box::new(local)), Way::Host(Box::new(shm))])
+        let tcp = Tcp::new(self.incarnation, Arc::clone(regions))?;
+        Ok(vec![Way::Host(Box::new(local)), Way::Host(Box::new(shm)), Way::Host(Box::new(tcp))])
     }
 
     fn load(
@@ -469,7 +474,7 @@ fn copier(device: &Device, summed: Summed, waker: Waker) -> Result<Copier> {
     Copier::new(device, CopierConfig { summed, ..CopierConfig::default() }, move || waker.wake())
 }
 
-fn consuming(config: &AgentConfig, pool: Pool, waker: Waker) -> Result<Consuming> {
+fn consuming(us: Incarnation, config: &AgentConfig, pool: Pool, waker: Waker) -> Result<Consuming> {
     let pages_per_segment = config.segment_pages();
     let page = config.layout.page_bytes();
     let store = match pool {
@@ -492,17 +497,27 @@ fn consuming(config: &AgentConfig, pool: Pool, waker: Waker) -> Result<Consuming
         overtakes: 8,
         lost_ttl: config.gc.unclaimed_ttl,
     })?;
-    let (targets, unable) = targets(config)?;
+    let (targets, unable) = targets(us, config)?;
     Ok(Consuming { session, store, targets, unable })
 }
 
 /// What receives bytes, and the paths that can't be had.
 type Targets = (Vec<Box<dyn Target>>, Vec<Ability>);
 
-fn targets(config: &AgentConfig) -> Result<Targets> {
-    let targets = Vec::new();
-    let unable =
-        vec![Ability::unable(PathName::Tcp, "later"), Ability::unable(PathName::Ucx, "later")];
-    let _ = config;
+fn targets(us: Incarnation, config: &AgentConfig) -> Result<Targets> {
+    let mut targets: Vec<Box<dyn Target>> = Vec::new();
+    let mut unable = Vec::new();
+    let wanted = config.allow_insecure || config.require_path == Some(PathName::Tcp);
+    match (&config.listen, config.memory) {
+        (_, KvMemory::Device(_)) => {}
+        (Some(Address::Tcp { host, .. }), _) if wanted => {
+            let (port, streams) = (config.data_port, config.tcp_streams);
+            targets.push(Box::new(TcpTarget::bind(us, host, port, streams)?));
+        }
+        (Some(Address::Tcp { .. }), _) => {
+            unable.push(Ability::unable(PathName::Tcp, "allow_insecure is not set"));
+        }
+        _ => unable.push(Ability::unable(PathName::Tcp, "it listens on a Unix socket only")),
+    }
     Ok((targets, unable))
 }

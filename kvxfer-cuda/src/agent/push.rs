@@ -109,8 +109,8 @@ pub(super) struct Pushes {
     layout: KvLayout,
     registered: Registered,
     ways: Vec<Way>,
-    /// Which transport reaches a peer, as its first segment said.
-    paths: HashMap<Incarnation, usize>,
+    /// Which transport reaches a peer, as its first segment said, and the link that it was shown on.
+    paths: HashMap<Incarnation, (usize, LinkId)>,
     waiting: VecDeque<Waiting>,
     /// Probes that have not ended and are still of use.
     probes: HashMap<PostId, Probe>,
@@ -155,7 +155,7 @@ impl Pushes {
             ErrorKind::Protocol.error(format!("a segment of {} bytes is too short", handle.bytes))
         })?;
         self.forget(peer, Some(segment));
-        let first = self.paths.insert(peer, index).is_none();
+        let first = self.paths.insert(peer, (index, link)).is_none();
         let transport = self.ways[index].get_mut();
         transport.attach(peer, segment, handle)?;
         if first && let Some(lanes) = transport.lanes(peer) {
@@ -192,7 +192,7 @@ impl Pushes {
 
     fn detach(&mut self, peer: Incarnation, segment: Option<SegmentId>) {
         self.forget(peer, segment);
-        if let Some(&index) = self.paths.get(&peer) {
+        if let Some(&(index, _)) = self.paths.get(&peer) {
             self.ways[index].get_mut().detach(peer, segment);
         }
     }
@@ -301,6 +301,11 @@ impl Pushes {
             if way.get().pending() > 0 || way.get().event_fd().is_some() {
                 way.get_mut().poll(budget, &mut completions);
             }
+            while let Some((peer, error)) = way.get_mut().lost() {
+                if let Some(&(_, link)) = self.paths.get(&peer) {
+                    news.push(News::Unreachable(link, error));
+                }
+            }
         }
         for Completion { id, result, .. } in completions.drain(..) {
             self.ended(id, result, producer, news);
@@ -309,7 +314,7 @@ impl Pushes {
         let (ways, paths) = (&self.ways, &self.paths);
         self.retiring.retain(|&Retiring { link, peer, segment, generation }| {
             let held =
-                paths.get(&peer).is_some_and(|&index| ways[index].get().holds(peer, Some(segment)));
+                paths.get(&peer).is_some_and(|&(at, _)| ways[at].get().holds(peer, Some(segment)));
             if !held {
                 news.push(News::Say(link, Message::Retired { segment, generation }));
             }
@@ -368,7 +373,7 @@ impl Pushes {
                 (next.post, next.peer, Some(next.grant), seed)
             }
         };
-        let transport = self.paths.get(&peer).map(|&index| self.ways[index].get_mut());
+        let transport = self.paths.get(&peer).map(|&(at, _)| self.ways[at].get_mut());
         let transport = transport.ok_or_else(|| gone(peer))?;
         let alone = transport.pending() == 0;
         transport.post(Post { id, peer, grant, seed, writes: &self.writes })?;

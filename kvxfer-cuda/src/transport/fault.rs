@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 use kvxfer_core::path::PathName;
 use kvxfer_core::transport::{Completion, Post, SegmentHandle, Transport, Write};
-use kvxfer_core::{ErrorKind, Incarnation, PostId, Result, SegmentId};
+use kvxfer_core::{Error, ErrorKind, Incarnation, PostId, Result, SegmentId};
 use parking_lot::Mutex;
 
 use super::local;
@@ -254,6 +254,10 @@ impl<T: Transport> Transport for Fault<T> {
 
     fn pending(&self) -> usize {
         self.inner.pending() + self.delayed.len()
+    }
+
+    fn lost(&mut self) -> Option<(Incarnation, Error)> {
+        self.inner.lost()
     }
 
     fn rests(&mut self) -> bool {

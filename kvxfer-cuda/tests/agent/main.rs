@@ -4,6 +4,7 @@
 mod common;
 mod engine;
 mod logs;
+mod paths;
 mod processes;
 mod refusals;
 

@@ -38,6 +38,8 @@ pub struct Tcp {
     posts: usize,
     writes: usize,
     ended: Vec<Completion>,
+    /// Peers that nobody let go of and that are lost.
+    lost: Vec<(Incarnation, Error)>,
     overlap: Overlap,
     /// How long a connection may take.
     open: Duration,
@@ -79,6 +81,7 @@ impl Tcp {
             posts: 0,
             writes: 0,
             ended: Vec::new(),
+            lost: Vec::new(),
             overlap: Overlap::default(),
             open: OPEN,
         })
@@ -91,6 +94,7 @@ impl Tcp {
     /// Forgets a peer and all its connections; its posts end.
     fn forget(&mut self, name: Incarnation, why: &Error) {
         let Some(number) = self.numbers.remove(&name) else { return };
+        self.lost.retain(|(peer, _)| *peer != name);
         self.lose(number, why.clone());
         self.peers.remove(&number);
     }
@@ -126,7 +130,7 @@ impl Tcp {
         self.peers.insert(number, peer);
         for stream in 0..blob.tokens.len() {
             if let Err(error) = self.dial(number, stream, 0) {
-                self.lose(number, error);
+                self.broke(number, error);
                 return;
             }
         }
@@ -173,7 +177,15 @@ impl Tcp {
             },
             None => error,
         };
-        self.lose(number, error);
+        self.broke(number, error);
+    }
+
+    /// A peer's connections broke.
+    fn broke(&mut self, number: u64, why: Error) {
+        if let Some(peer) = self.peers.get(&number).filter(|peer| peer.lost.is_none()) {
+            self.lost.push((peer.name, why.clone()));
+            self.lose(number, why);
+        }
     }
 
     fn stream(&mut self, token: u64) -> Option<(&mut Stream, &mut Queue, Incarnation)> {
@@ -421,12 +433,16 @@ impl Transport for Tcp {
         out.append(&mut self.ended);
     }
 
+    fn lost(&mut self) -> Option<(Incarnation, Error)> {
+        self.lost.pop()
+    }
+
     fn pending(&self) -> usize {
         self.posts + self.ended.len()
     }
 
     fn rests(&mut self) -> bool {
-        self.ready.is_empty() && self.ended.is_empty()
+        self.ready.is_empty() && self.ended.is_empty() && self.lost.is_empty()
     }
 
     fn event_fd(&self) -> Option<BorrowedFd<'_>> {
