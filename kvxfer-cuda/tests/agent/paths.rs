@@ -1,14 +1,12 @@
 //! Which path two agents get, that bytes go that way, and what happens when it breaks.
 
-use std::time::Duration;
-
 use kvxfer_core::path::PathName;
 use kvxfer_core::wire::message::Next;
-use kvxfer_cuda::{AgentConfig, Path, Role};
+use kvxfer_cuda::{AgentConfig, Path};
 
-use crate::engine::{Engine, PATIENCE, config};
+use crate::engine::Engine;
 use crate::logs::{self, lines};
-use crate::{blocks, pair, prompt, tempdir};
+use crate::{blocks, pair, prompt};
 
 /// The path to the one peer.
 fn path(engine: &Engine) -> Path {
@@ -60,63 +58,80 @@ fn both_sides_know_the_path_and_why_not_a_better_one_and_how_fast_its_first_byte
     }
 }
 
-/// Without a socket folder in common, or from another host.
+/// Where agents say that they are elsewhere, or writes are dropped.
 #[cfg(feature = "faults")]
-#[test]
-fn from_another_host_bytes_come_over_tcp() {
-    let (here, there) = (tempdir::TempDir::new(), tempdir::TempDir::new());
-    let mut consumer = config(Role::Consumer, here.path());
-    consumer.allow_insecure = true;
-    consumer.boot_id = Some([7; 16]);
-    let mut decode = Engine::start(consumer);
-    let mut producer = config(Role::Producer, there.path());
-    producer.allow_insecure = true;
-    producer.peers = vec![decode.tcp()];
-    let mut prefill = Engine::start(producer);
-    serves(&mut prefill, &mut decode, 1, "tcp");
-    let why = path(&decode).why();
-    assert!(why.contains("shm: it is on another host"), "{why}");
-}
+mod faults {
+    use std::time::Duration;
 
-/// A path that fails twice gives way to the next best, if that is allowed, and the log says so.
-#[cfg(feature = "faults")]
-#[test]
-fn a_path_that_fails_twice_gives_way_to_the_next_where_that_is_allowed() {
-    logs::listen();
-    let dir = tempdir::TempDir::new();
-    let mut consumer = config(Role::Consumer, dir.path());
-    consumer.name = "decode falls over".into();
-    consumer.allow_insecure = true;
-    consumer.failover = true;
-    let mut decode = Engine::start(consumer);
-    let mut producer = config(Role::Producer, dir.path());
-    producer.name = "prefill falls over".into();
-    producer.allow_insecure = true;
-    producer.peers = vec![decode.tcp()];
-    // On local and shm.
-    producer.fault = Some(kvxfer_cuda::Fault::DropWrites);
-    let mut prefill = Engine::start(producer);
+    use kvxfer_core::path::PathName;
+    use kvxfer_cuda::Role;
 
-    // Whatever is offered has its segment probed.
-    for seed in 10.. {
-        let text = prompt(seed, 100);
-        prefill.prefill(&text, &blocks(&text, 7));
-        let claim = decode.claim(&text);
-        decode.observer.settled(claim, Duration::from_millis(200));
-        decode.observer.release(claim, 0, 0);
-        let found = decode.agent.stats().unwrap().paths.pop();
-        if found.is_some_and(|path| path.name == PathName::Tcp) {
-            break;
+    use super::{path, serves};
+    use crate::engine::{Engine, PATIENCE, config};
+    use crate::logs::{self, lines};
+    use crate::{blocks, prompt, tempdir};
+
+    /// Without a socket folder in common, or from another host.
+    #[test]
+    fn from_another_host_bytes_come_over_tcp() {
+        let (here, there) = (tempdir::TempDir::new(), tempdir::TempDir::new());
+        let mut consumer = config(Role::Consumer, here.path());
+        consumer.allow_insecure = true;
+        consumer.boot_id = Some([7; 16]);
+        let mut decode = Engine::start(consumer);
+        let mut producer = config(Role::Producer, there.path());
+        producer.allow_insecure = true;
+        producer.peers = vec![decode.tcp()];
+        let mut prefill = Engine::start(producer);
+        serves(&mut prefill, &mut decode, 1, "tcp");
+        let why = path(&decode).why();
+        assert!(why.contains("shm: it is on another host"), "{why}");
+    }
+
+    /// A path that fails twice gives way to the next best, if that is allowed, and the log says so.
+    #[test]
+    fn a_path_that_fails_twice_gives_way_to_the_next_where_that_is_allowed() {
+        logs::listen();
+        let dir = tempdir::TempDir::new();
+        let mut consumer = config(Role::Consumer, dir.path());
+        consumer.name = "decode falls over".into();
+        consumer.allow_insecure = true;
+        consumer.failover = true;
+        let mut decode = Engine::start(consumer);
+        let mut producer = config(Role::Producer, dir.path());
+        producer.name = "prefill falls over".into();
+        producer.allow_insecure = true;
+        producer.peers = vec![decode.tcp()];
+        // On local and shm.
+        producer.fault = Some(kvxfer_cuda::Fault::DropWrites);
+        let mut prefill = Engine::start(producer);
+
+        // Whatever is offered has its segment probed.
+        for seed in 10.. {
+            let text = prompt(seed, 100);
+            prefill.prefill(&text, &blocks(&text, 7));
+            let claim = decode.claim(&text);
+            decode.observer.settled(claim, Duration::from_millis(200));
+            decode.observer.release(claim, 0, 0);
+            let found = decode.agent.stats().unwrap().paths.pop();
+            if found.is_some_and(|path| path.name == PathName::Tcp) {
+                break;
+            }
+            assert!(seed < 10 + 100 * PATIENCE.as_secs() as u32, "it never falls over");
         }
-        assert!(seed < 10 + 100 * PATIENCE.as_secs() as u32, "it never falls over");
+        let why = path(&decode).why();
+        assert!(
+            why.contains("local: the consumer says: it failed: what the producer writes"),
+            "{why}"
+        );
+        assert!(why.contains("shm: the consumer says: it failed"), "{why}");
+        for path in ["local", "shm"] {
+            let said = lines(&[
+                "WARN",
+                &format!("{path} failed twice: the next attempt takes the next best"),
+            ]);
+            assert!(!said.is_empty(), "{path}");
+        }
+        serves(&mut prefill, &mut decode, 1, "tcp");
     }
-    let why = path(&decode).why();
-    assert!(why.contains("local: the consumer says: it failed: what the producer writes"), "{why}");
-    assert!(why.contains("shm: the consumer says: it failed"), "{why}");
-    for path in ["local", "shm"] {
-        let said =
-            lines(&["WARN", &format!("{path} failed twice: the next attempt takes the next best")]);
-        assert!(!said.is_empty(), "{path}");
-    }
-    serves(&mut prefill, &mut decode, 1, "tcp");
 }
