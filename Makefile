@@ -39,7 +39,8 @@ rust: ## formatting, clippy, Rust tests and doc tests
 	$(call say,rust: clippy)
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 	cargo clippy --package kvxfer-cuda --all-targets --features faults --locked -- -D warnings
-	$(call say,rust: tests)
+	$(call say,rust: tests; UCX is the wheel's)
+	export KVXFER_TEST_UCX=$$(env/ucx)
 	if cargo nextest --version >/dev/null 2>&1; then
 		cargo nextest run --workspace --features kvxfer-cuda/faults --locked --no-fail-fast
 	else

@@ -15,6 +15,7 @@ pub mod memory;
 mod observer;
 mod planted;
 pub mod transport;
+pub mod ucx;
 
 pub use agent::{Agent, AgentStats, KvLayer, Loaded, Path};
 #[cfg(feature = "faults")]

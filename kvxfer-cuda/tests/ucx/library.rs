@@ -1,0 +1,151 @@
+//! Finding the library, or saying why not. What is loaded stays, so each is a process of its own.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::{env, fs};
+
+use kvxfer_cuda::ucx::Library;
+
+use crate::harness::*;
+
+/// What a child does before it opens a library: nothing, or loads another copy.
+const FIRST: &str = "KVXFER_TEST_UCX_FIRST";
+const EXPLICIT: &str = "KVXFER_TEST_UCX_EXPLICIT";
+const WHEEL: &str = "KVXFER_TEST_UCX_WHEEL";
+
+/// The child: opens a library, and prints which, or the error.
+pub(crate) fn open_as(role: &str) {
+    assert_eq!(role, "open");
+    let path = |name| env::var_os(name).map(PathBuf::from);
+    let first: Vec<_> = path(FIRST).iter().flat_map(env::split_paths).collect();
+    for copy in first {
+        // SAFETY: a library of the tests, or UCX.
+        std::mem::forget(unsafe { libloading::Library::new(copy) }.unwrap());
+    }
+    match Library::open(path(EXPLICIT).as_deref(), path(WHEEL).as_deref()) {
+        Ok(library) => {
+            println!("ok {} {} {}", library.version(), library.source(), library.path().display());
+            let again = Library::open(path(EXPLICIT).as_deref(), None).unwrap();
+            assert!(std::ptr::eq(library, again));
+        }
+        Err(error) => println!("{:?} {error}", error.kind()),
+    }
+    let status = fs::read_to_string("/proc/self/status").unwrap();
+    let caught = status.lines().find(|line| line.starts_with("SigCgt")).unwrap();
+    println!("{caught}");
+    println!("end");
+}
+
+/// What the child printed.
+fn opened(variables: &[(&str, &str)]) -> String {
+    let peer = Peer::start("open", variables);
+    let (status, out) = peer.reap();
+    assert!(status.success(), "{out}");
+    out
+}
+
+/// A library with these lines of C in it.
+fn library(folder: &str, source: &str) -> String {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(folder);
+    fs::create_dir_all(&folder).unwrap();
+    let (text, library) = (folder.join("libucp.c"), folder.join("libucp.so.0"));
+    fs::write(&text, source).unwrap();
+    let compiler = env::var("CC").unwrap_or_else(|_| "cc".into());
+    let made =
+        Command::new(compiler).args(["-shared", "-fPIC", "-o"]).args([&library, &text]).status();
+    assert!(made.unwrap().success());
+    library.to_str().unwrap().to_owned()
+}
+
+fn of_version(folder: &str, minor: u32) -> String {
+    let source = format!(
+        "void ucp_get_version(unsigned *a, unsigned *b, unsigned *c) {{ *a = 1; *b = {minor}; *c = 2; }}"
+    );
+    library(folder, &source)
+}
+
+#[track_caller]
+fn contains(out: &str, parts: &[&str]) {
+    for part in parts {
+        assert!(out.contains(part), "no {part:?} in {out}");
+    }
+}
+
+#[test]
+fn no_library_is_an_error_that_says_where_it_was_looked_for() {
+    let out = opened(&[]);
+    if out.contains("ok 1.") {
+        eprintln!("skipped: this system has a UCX");
+        return;
+    }
+    contains(
+        &out,
+        &[
+            "NoPath no UCX library was found: ucx_library is not set; none is loaded in this process; the system: libucp.so.0:",
+            "no wheel libucx is installed",
+            "pip install 'kvxfer[ucx-cu12]'",
+        ],
+    );
+    let out = opened(&[(WHEEL, "/nowhere")]);
+    contains(&out, &["NoPath", "the wheel: /nowhere/lib/libucs.so: cannot open"]);
+}
+
+#[test]
+fn what_is_no_libucp_is_refused() {
+    let text = concat!(env!("CARGO_MANIFEST_DIR"), "/Cargo.toml");
+    contains(&opened(&[(EXPLICIT, text)]), &["Config", text, "set ucx_library"]);
+    contains(
+        &opened(&[(EXPLICIT, "/nowhere.so")]),
+        &["Config /nowhere.so can't be loaded", "No such file"],
+    );
+    let other = library("other", "int nothing;");
+    contains(&opened(&[(EXPLICIT, &other)]), &["Config", &other, "it has no ucp_get_version"]);
+    let part = of_version("part", 20);
+    contains(&opened(&[(EXPLICIT, &part)]), &["Config", &part, "it has no ucp_get_version_string"]);
+}
+
+#[test]
+fn an_old_library_is_refused_by_its_version() {
+    let old = of_version("old", 10);
+    contains(
+        &opened(&[(EXPLICIT, &old)]),
+        &["VersionMismatch", &old, "is UCX 1.10.2, older than 1.14.0", "newer"],
+    );
+    // Also when somebody else brought it.
+    contains(&opened(&[(FIRST, &old)]), &["VersionMismatch", &old]);
+}
+
+#[test]
+fn two_copies_in_one_process_are_refused_by_name() {
+    let (one, other) = (of_version("one", 20), of_version("two", 20));
+    let both = format!("{one}:{other}");
+    let refused = "Config two copies of UCX in one process";
+    contains(&opened(&[(FIRST, &both)]), &[refused, &one, &other]);
+    // One is there, another is asked for.
+    contains(&opened(&[(FIRST, &one), (EXPLICIT, &other)]), &[refused, &one, &other]);
+    // The same by another name is no second one.
+    let link = Path::new(env!("CARGO_TARGET_TMPDIR")).join("link.so");
+    let _ = fs::remove_file(&link);
+    std::os::unix::fs::symlink(&one, &link).unwrap();
+    let out = opened(&[(FIRST, &one), (EXPLICIT, link.to_str().unwrap())]);
+    contains(&out, &["it has no ucp_get_version_string"]);
+}
+
+#[test]
+fn the_wheels_is_found_and_reused_and_leaves_signals_alone() {
+    let Some(wheel) = wheel() else { return };
+    let folder = wheel.to_str().unwrap();
+    let untouched = opened(&[(EXPLICIT, "/nowhere.so")]);
+    let signals = untouched.lines().find(|line| line.starts_with("SigCgt")).unwrap();
+    let file = format!("{folder}/lib/libucp.so.0");
+
+    let out = opened(&[(EXPLICIT, &file)]);
+    contains(&out, &["ok 1.22.0 ucx_library", &file, signals]);
+    let out = opened(&[(FIRST, &file)]);
+    contains(&out, &["ok 1.22.0 was loaded", &file]);
+    let out = opened(&[(WHEEL, folder)]);
+    contains(&out, &["ok 1."]);
+    if out.contains(" wheel ") {
+        contains(&out, &["ok 1.22.0 wheel", &format!("{folder}/lib/libucp.so"), signals]);
+    }
+}
