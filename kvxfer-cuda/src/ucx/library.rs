@@ -46,9 +46,9 @@ pub struct Library {
 }
 
 impl Library {
-    /// The process's one libucp, found at the first success: at `explicit` (the setting `ucx_library`) and nowhere
-    /// else; or a copy that the process has already; or the system's; or that of the Python wheel whose folder
-    /// is `wheel`.
+    /// The process's one libucp, found at the first success: at `explicit` (the setting `ucx_library`: the file, or
+    /// its folder) and nowhere else; or a copy that the process has already; or the system's; or that of the Python
+    /// wheel, whose libraries are in the folder `wheel`.
     ///
     /// A copy that is loaded here is told to leave the process's signals, its `mmap` and its stdout alone. One that
     /// was there goes by what its owner told it.
@@ -59,6 +59,9 @@ impl Library {
     /// too old. `Io`: `/proc` can't be read.
     pub fn open(explicit: Option<&Path>, wheel: Option<&Path>) -> Result<&'static Self> {
         static OPENED: Mutex<Option<&'static Library>> = Mutex::new(None);
+        let explicit =
+            explicit.map(|path| if path.is_dir() { path.join(SONAME) } else { path.into() });
+        let explicit = explicit.as_deref();
         let mut opened = OPENED.lock();
         let loaded = one_at_most(explicit)?;
         if let Some(library) = *opened {
@@ -100,11 +103,11 @@ impl Library {
             }
             Err(why) => _ = write!(looked, "; the system: {why}"),
         }
-        let Some(folder) = wheel.map(|wheel| wheel.join("lib")) else {
+        let Some(folder) = wheel else {
             looked += "; no wheel libucx is installed";
             return Err(not_found(&looked));
         };
-        match open_wheel(&folder) {
+        match open_wheel(folder) {
             Ok(library) => Self::check(library, folder.join(WHEEL[2]), Source::Wheel, looked),
             Err(why) => {
                 _ = write!(looked, "; the wheel: {why}");

@@ -8,7 +8,7 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 
 use kvxfer_cuda::fds::{recv_with_fds, send_with_fds};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, kill_process, pidfd_open, waitpid};
 
 use super::DEADLINE;
 
@@ -29,15 +29,25 @@ impl Wire {
     }
 
     pub fn say(&mut self, text: &str) {
-        self.send(&(text.len() as u32).to_le_bytes());
-        self.send(text.as_bytes());
+        self.pass(text.as_bytes());
     }
 
     #[track_caller]
     pub fn hear(&mut self) -> String {
-        let mut text = vec![0; u32::from_le_bytes(self.receive()) as usize];
-        self.0.read_exact(&mut text).expect("the other process goes on");
-        String::from_utf8(text).unwrap()
+        String::from_utf8(self.take()).unwrap()
+    }
+
+    /// Bytes of any length, for [`Wire::take`].
+    pub fn pass(&mut self, bytes: &[u8]) {
+        self.send(&(bytes.len() as u32).to_le_bytes());
+        self.send(bytes);
+    }
+
+    #[track_caller]
+    pub fn take(&mut self) -> Vec<u8> {
+        let mut bytes = vec![0; u32::from_le_bytes(self.receive()) as usize];
+        self.0.read_exact(&mut bytes).expect("the other process goes on");
+        bytes
     }
 
     /// At least one byte has to go along.
@@ -139,6 +149,12 @@ impl Peer {
 
     pub fn signal(&self, signal: Signal) {
         kill_process(Pid::from_child(&self.process), signal).unwrap();
+    }
+
+    /// Stops it: when this returns, it does nothing more.
+    pub fn stop(&self) {
+        self.signal(Signal::STOP);
+        waitpid(Some(Pid::from_child(&self.process)), WaitOptions::UNTRACED).unwrap();
     }
 
     #[track_caller]

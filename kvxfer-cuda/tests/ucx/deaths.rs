@@ -1,19 +1,15 @@
 //! Sides that go away while bytes are under way.
 
-use std::io;
-use std::os::fd::AsFd as _;
-use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use kvxfer_core::ErrorKind;
 use kvxfer_cuda::ucx::{Event, RemoteAddress, Worker};
-use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 
 use crate::harness::*;
 use crate::processes::{connected, greet};
 
 /// More than sockets hold.
-const BIG: u64 = 64 << 20;
+const BIG: u64 = 32 << 20;
 /// What needs no answer from anybody is done by then, on any machine.
 const AT_ONCE: Duration = Duration::from_secs(5);
 
@@ -78,9 +74,7 @@ fn a_consumer_killed_in_the_middle_of_a_put_ends_it_with_an_error() {
     let Some((mut producer, mut peer)) = connected() else { return };
     greet(&mut producer, &mut peer);
     // It takes nothing more from its sockets.
-    let pid = Pid::from_child(&peer.process);
-    kill_process(pid, Signal::STOP).unwrap();
-    waitpid(Some(pid), WaitOptions::UNTRACED).unwrap();
+    peer.stop();
     for _ in 0..64 {
         for at in (0..producer.bytes).step_by(1 << 16) {
             producer.worker.put(producer.key, at, producer.source, at, 1 << 16).unwrap();
@@ -91,7 +85,7 @@ fn a_consumer_killed_in_the_middle_of_a_put_ends_it_with_an_error() {
     while producer.worker.progress() {}
     assert_eq!(producer.worker.next_event(), None);
 
-    peer.process.kill().unwrap();
+    peer.kill();
     all_fail(&mut producer.worker, &[2, 3]);
     let start = Instant::now();
     drop(producer);
@@ -102,8 +96,7 @@ fn a_consumer_killed_in_the_middle_of_a_put_ends_it_with_an_error() {
 fn puts_to_a_consumer_that_is_dead_already_end_too() {
     let Some((mut producer, mut peer)) = connected() else { return };
     greet(&mut producer, &mut peer);
-    peer.process.kill().unwrap();
-    peer.process.wait().unwrap();
+    peer.kill();
     // Nothing was looked at since, and the socket takes the first ones.
     let refused = (0..1000)
         .filter(|_| producer.worker.put(producer.key, 0, producer.source, 0, 4096).is_err())
@@ -118,9 +111,7 @@ fn puts_to_a_consumer_that_is_dead_already_end_too() {
 fn a_producer_dropped_in_the_middle_of_puts_is_gone_at_once() {
     let Some((mut producer, mut peer)) = connected() else { return };
     greet(&mut producer, &mut peer);
-    let pid = Pid::from_child(&peer.process);
-    kill_process(pid, Signal::STOP).unwrap();
-    waitpid(Some(pid), WaitOptions::UNTRACED).unwrap();
+    peer.stop();
     producer.push(4096, 1);
     while producer.worker.progress() {}
     let start = Instant::now();
@@ -132,12 +123,11 @@ fn a_producer_dropped_in_the_middle_of_puts_is_gone_at_once() {
 }
 
 /// The child: writes once, says so, and waits to be killed.
-pub(crate) fn produce() {
+pub(crate) fn produce(mut wire: Wire) {
     let context = context().unwrap();
-    let mut socket = UnixStream::from(io::stdin().as_fd().try_clone_to_owned().unwrap());
-    let blobs = [receive(&mut socket), receive(&mut socket)];
+    let blobs = [wire.take(), wire.take()];
     let mut producer = Producer::new(&context, &blobs);
-    send(&mut socket, &producer.worker.address().unwrap().to_bytes());
+    wire.pass(&producer.worker.address().unwrap().to_bytes());
     producer.push(1 << 16, 1);
     assert_eq!(event(&mut producer.worker), Event::Done { token: 1, result: Ok(()) });
     producer.worker.send(producer.end, b"all there", 2).unwrap();
@@ -148,16 +138,16 @@ pub(crate) fn produce() {
 fn a_killed_producer_is_told_and_its_worker_ends_at_once() {
     let Some(context) = context() else { return };
     let mut consumer = Consumer::new(&context, BIG);
-    let mut peer = Peer::start("produce", &[]);
+    let mut peer = Peer::start("child", "produce");
     for blob in consumer.blobs() {
-        send(&mut peer.socket, &blob);
+        peer.wire.pass(&blob);
     }
-    let address = RemoteAddress::from_bytes(&receive(&mut peer.socket)).unwrap();
+    let address = RemoteAddress::from_bytes(&peer.wire.take()).unwrap();
     let back = consumer.worker.connect(&address).unwrap();
     assert_eq!(event(&mut consumer.worker), Event::Message(b"all there".to_vec()));
     assert!(consumer.seen() == content(BIG));
 
-    peer.process.kill().unwrap();
+    peer.kill();
     let Event::Lost(end, error) = event(&mut consumer.worker) else { panic!("something else") };
     assert_eq!((end, error.kind()), (back, ErrorKind::PeerLost), "{error}");
     let start = Instant::now();

@@ -1,13 +1,11 @@
 //! A producer and a consumer, each with a worker.
 
-use std::io::{Read as _, Write as _};
-use std::os::fd::{AsFd as _, OwnedFd};
-use std::os::unix::net::UnixStream;
+use std::os::fd::AsFd as _;
 use std::path::PathBuf;
-use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
+pub(crate) use crate::common::{DEADLINE, Peer, Wire};
 use kvxfer_core::SegmentId;
 use kvxfer_core::transport::RegionId;
 use kvxfer_cuda::copy::{Stores, copy_summed};
@@ -17,11 +15,8 @@ use kvxfer_cuda::ucx::{
     RemoteMemory, SourceId, Worker,
 };
 use rustix::event::{PollFd, PollFlags, poll};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-pub(crate) const ROLE: &str = "KVXFER_TEST_CHILD";
 pub(crate) const LIBRARY: &str = "KVXFER_TEST_UCX_LIBRARY";
-pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
 
 /// The wheel's folder, or a word that there is none.
 pub(crate) fn wheel() -> Option<PathBuf> {
@@ -157,58 +152,4 @@ impl Producer {
         }
         self.worker.flush(self.end, token).unwrap();
     }
-}
-
-/// A child process, killed and reaped at the latest when it is dropped.
-pub(crate) struct Peer {
-    pub(crate) process: Child,
-    pub(crate) socket: UnixStream,
-}
-
-impl Peer {
-    pub(crate) fn start(role: &str, variables: &[(&str, &str)]) -> Self {
-        let (socket, theirs) = UnixStream::pair().unwrap();
-        socket.set_read_timeout(Some(DEADLINE)).unwrap();
-        let process = Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", "child", "--nocapture"])
-            .env(ROLE, role)
-            .envs(variables.iter().copied())
-            .stdin(OwnedFd::from(theirs))
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        Self { process, socket }
-    }
-
-    /// Waits for the child's end. What it wrote to stdout.
-    pub(crate) fn reap(mut self) -> (ExitStatus, String) {
-        let pidfd = pidfd_open(Pid::from_child(&self.process), PidfdFlags::empty()).unwrap();
-        let ended =
-            poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&DEADLINE.try_into().unwrap()));
-        assert_eq!(ended, Ok(1), "the child does not end");
-        let mut out = String::new();
-        self.process.stdout.take().unwrap().read_to_string(&mut out).unwrap();
-        (self.process.wait().unwrap(), out)
-    }
-}
-
-impl Drop for Peer {
-    fn drop(&mut self) {
-        // Without effect on a child that was reaped.
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-    }
-}
-
-pub(crate) fn send(socket: &mut UnixStream, bytes: &[u8]) {
-    socket.write_all(&(bytes.len() as u32).to_le_bytes()).unwrap();
-    socket.write_all(bytes).unwrap();
-}
-
-pub(crate) fn receive(socket: &mut UnixStream) -> Vec<u8> {
-    let mut len = [0; 4];
-    socket.read_exact(&mut len).expect("the other side answers in time");
-    let mut bytes = vec![0; u32::from_le_bytes(len) as usize];
-    socket.read_exact(&mut bytes).unwrap();
-    bytes
 }

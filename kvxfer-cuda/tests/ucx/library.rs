@@ -13,35 +13,38 @@ const FIRST: &str = "KVXFER_TEST_UCX_FIRST";
 const EXPLICIT: &str = "KVXFER_TEST_UCX_EXPLICIT";
 const WHEEL: &str = "KVXFER_TEST_UCX_WHEEL";
 
-/// The child: opens a library, and prints which, or the error.
-pub(crate) fn open_as(role: &str) {
-    assert_eq!(role, "open");
+/// The child: opens a library, and says which, or the error; and which signals are handled then.
+pub(crate) fn open(mut wire: Wire) {
     let path = |name| env::var_os(name).map(PathBuf::from);
-    let first: Vec<_> = path(FIRST).iter().flat_map(env::split_paths).collect();
-    for copy in first {
+    for copy in path(FIRST).iter().flat_map(env::split_paths) {
         // SAFETY: a library of the tests, or UCX.
         std::mem::forget(unsafe { libloading::Library::new(copy) }.unwrap());
     }
-    match Library::open(path(EXPLICIT).as_deref(), path(WHEEL).as_deref()) {
+    let (explicit, wheel) = (path(EXPLICIT), path(WHEEL));
+    wire.say(&match Library::open(explicit.as_deref(), wheel.as_deref()) {
         Ok(library) => {
-            println!("ok {} {} {}", library.version(), library.source(), library.path().display());
-            let again = Library::open(path(EXPLICIT).as_deref(), None).unwrap();
+            let again = Library::open(explicit.as_deref(), None).unwrap();
             assert!(std::ptr::eq(library, again));
+            format!("ok {} {} {}", library.version(), library.source(), library.path().display())
         }
-        Err(error) => println!("{:?} {error}", error.kind()),
-    }
+        Err(error) => format!("{:?} {error}", error.kind()),
+    });
     let status = fs::read_to_string("/proc/self/status").unwrap();
-    let caught = status.lines().find(|line| line.starts_with("SigCgt")).unwrap();
-    println!("{caught}");
-    println!("end");
+    wire.say(status.lines().find(|line| line.starts_with("SigCgt")).unwrap());
 }
 
-/// What the child printed.
+/// What the child says.
+#[track_caller]
 fn opened(variables: &[(&str, &str)]) -> String {
-    let peer = Peer::start("open", variables);
-    let (status, out) = peer.reap();
-    assert!(status.success(), "{out}");
-    out
+    opened_with_signals(variables).0
+}
+
+#[track_caller]
+fn opened_with_signals(variables: &[(&str, &str)]) -> (String, String) {
+    let mut peer = Peer::start_with("child", "open", variables);
+    let said = (peer.wire.hear(), peer.wire.hear());
+    peer.succeeds();
+    said
 }
 
 /// A library with these lines of C in it.
@@ -87,7 +90,7 @@ fn no_library_is_an_error_that_says_where_it_was_looked_for() {
         ],
     );
     let out = opened(&[(WHEEL, "/nowhere")]);
-    contains(&out, &["NoPath", "the wheel: /nowhere/lib/libucs.so: cannot open"]);
+    contains(&out, &["NoPath", "the wheel: /nowhere/libucs.so: cannot open"]);
 }
 
 #[test]
@@ -134,18 +137,20 @@ fn two_copies_in_one_process_are_refused_by_name() {
 #[test]
 fn the_wheels_is_found_and_reused_and_leaves_signals_alone() {
     let Some(wheel) = wheel() else { return };
-    let folder = wheel.to_str().unwrap();
-    let untouched = opened(&[(EXPLICIT, "/nowhere.so")]);
-    let signals = untouched.lines().find(|line| line.starts_with("SigCgt")).unwrap();
-    let file = format!("{folder}/lib/libucp.so.0");
+    let folder = wheel.join("lib");
+    let (folder, file) = (folder.to_str().unwrap(), folder.join("libucp.so.0"));
+    let file = file.to_str().unwrap();
+    let (_, signals) = opened_with_signals(&[(EXPLICIT, "/nowhere.so")]);
 
-    let out = opened(&[(EXPLICIT, &file)]);
-    contains(&out, &["ok 1.22.0 ucx_library", &file, signals]);
-    let out = opened(&[(FIRST, &file)]);
-    contains(&out, &["ok 1.22.0 was loaded", &file]);
-    let out = opened(&[(WHEEL, folder)]);
-    contains(&out, &["ok 1."]);
-    if out.contains(" wheel ") {
-        contains(&out, &["ok 1.22.0 wheel", &format!("{folder}/lib/libucp.so"), signals]);
+    let named = format!("ok 1.22.0 ucx_library {file}");
+    for explicit in [file, folder] {
+        assert_eq!(opened_with_signals(&[(EXPLICIT, explicit)]), (named.clone(), signals.clone()));
+    }
+    assert_eq!(opened(&[(FIRST, file)]), format!("ok 1.22.0 was loaded {file}"));
+    let (found, now) = opened_with_signals(&[(WHEEL, folder)]);
+    assert_eq!(now, signals);
+    // The system's comes first, where there is one.
+    if !found.contains(" system ") {
+        assert_eq!(found, format!("ok 1.22.0 wheel {folder}/libucp.so"));
     }
 }

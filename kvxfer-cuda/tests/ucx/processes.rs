@@ -1,9 +1,5 @@
 //! A producer here, a consumer in another process, whose UCX may be another one.
 
-use std::io;
-use std::os::fd::AsFd as _;
-use std::os::unix::net::UnixStream;
-
 use kvxfer_core::sum::Sum;
 use kvxfer_cuda::ucx::{Event, RemoteAddress};
 
@@ -13,19 +9,18 @@ pub(crate) const BYTES: u64 = 1 << 20;
 
 /// The child: shows its segment, answers each message and tells the sum of what it sees then, until the producer
 /// goes.
-pub(crate) fn consume() {
+pub(crate) fn consume(mut wire: Wire) {
     let context = context().unwrap();
-    let mut socket = UnixStream::from(io::stdin().as_fd().try_clone_to_owned().unwrap());
     let mut consumer = Consumer::new(&context, BYTES);
     for blob in consumer.blobs() {
-        send(&mut socket, &blob);
+        wire.pass(&blob);
     }
-    let producer = RemoteAddress::from_bytes(&receive(&mut socket)).unwrap();
+    let producer = RemoteAddress::from_bytes(&wire.take()).unwrap();
     let back = consumer.worker.connect(&producer).unwrap();
     loop {
         match event(&mut consumer.worker) {
             Event::Message(message) => {
-                send(&mut socket, &sum(&consumer.seen()).to_le_bytes());
+                wire.send(&sum(&consumer.seen()).to_le_bytes());
                 consumer.worker.send(back, &message, 0).unwrap();
             }
             Event::Done { result, .. } => result.unwrap(),
@@ -50,10 +45,10 @@ pub(crate) fn connected() -> Option<(Producer, Peer)> {
     // To see which versions understand each other; not all do on lo, so name another KVXFER_TEST_UCX_DEVICE.
     let other = std::env::var("KVXFER_TEST_UCX_OTHER");
     let variables = other.as_deref().map(|path| vec![(LIBRARY, path)]).unwrap_or_default();
-    let mut peer = Peer::start("consume", &variables);
-    let blobs = [receive(&mut peer.socket), receive(&mut peer.socket)];
+    let mut peer = Peer::start_with("child", "consume", &variables);
+    let blobs = [peer.wire.take(), peer.wire.take()];
     let producer = Producer::new(&context, &blobs);
-    send(&mut peer.socket, &producer.worker.address().unwrap().to_bytes());
+    peer.wire.pass(&producer.worker.address().unwrap().to_bytes());
     Some((producer, peer))
 }
 
@@ -69,7 +64,7 @@ pub(crate) fn greet(producer: &mut Producer, peer: &mut Peer) {
         );
         seen += 1;
     }
-    receive(&mut peer.socket);
+    peer.wire.receive::<8>();
 }
 
 #[test]
@@ -80,13 +75,12 @@ fn another_process_sees_all_bytes_when_it_is_told() {
     producer.worker.send(producer.end, b"ping", 2).unwrap();
     let seen = events(&mut producer.worker, |event| *event == Event::Message(b"ping".to_vec()));
     assert!(seen.contains(&Event::Done { token: 2, result: Ok(()) }), "{seen:?}");
-    assert_eq!(receive(&mut peer.socket), sum(&content(BYTES)).to_le_bytes());
+    assert_eq!(peer.wire.receive(), sum(&content(BYTES)).to_le_bytes());
 
     // A closed endpoint tells the peer nothing, as long as the worker is there: the connection stays for the way
     // back.
     producer.worker.close(producer.end);
     until(&mut producer.worker, |worker| (worker.endpoints() == 0).then_some(()));
     drop(producer);
-    let (status, out) = peer.reap();
-    assert!(status.success(), "{out}");
+    peer.succeeds();
 }
