@@ -19,6 +19,8 @@ const LENGTHS: [u64; 5] = [4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20];
 const MOST: u64 = 4 << 20;
 /// Where there is no memory to measure with.
 const GUESS: u64 = 256 << 10;
+/// What all that may take. A GPU that needs longer has other work, and measures that.
+const BUDGET: Duration = Duration::from_secs(1);
 /// The first warms up; the fastest of the others counts.
 const ROUNDS: usize = 4;
 
@@ -37,12 +39,19 @@ pub(super) fn kernel_below(
             return Ok(GUESS);
         }
     };
-    let measured = measure(memory.ptr(), run);
+    let started = Instant::now();
+    let measured = measure(memory.ptr(), || started.elapsed(), run);
     if measured.as_ref().is_err_and(|error| error.kind() == ErrorKind::Timeout) {
         // A copy may still come.
         std::mem::forget(memory);
     }
-    let times = measured?;
+    let Some(times) = measured? else {
+        tracing::warn!(
+            kernel_below = GUESS,
+            "the GPU is too busy to measure copies: {BUDGET:?} were over"
+        );
+        return Ok(GUESS);
+    };
     let below = cut_over(times.map(|[kernel, batch]| batch <= kernel));
     let mut table = String::new();
     for (len, [kernel, batch]) in LENGTHS.iter().zip(times) {
@@ -57,11 +66,12 @@ pub(super) fn kernel_below(
     Ok(below)
 }
 
-/// For each of [`LENGTHS`]: the time that the kernel and that the copy engines take.
+/// For each of [`LENGTHS`]: the time that the kernel and that the copy engines take. None when the budget is spent.
 fn measure(
     memory: DevicePtr,
+    clock: impl Fn() -> Duration,
     mut run: impl FnMut(u64, &[Span]) -> Result<()>,
-) -> Result<[[Duration; 2]; LENGTHS.len()]> {
+) -> Result<Option<[[Duration; 2]; LENGTHS.len()]>> {
     let mut times = [[Duration::MAX; 2]; LENGTHS.len()];
     for (times, len) in times.iter_mut().zip(LENGTHS) {
         let count = BYTES / len;
@@ -75,15 +85,18 @@ fn measure(
         let spans: Vec<_> = spans.collect();
         for (time, kernel_below) in times.iter_mut().zip([u64::MAX, 0]) {
             for round in 0..ROUNDS {
-                let start = Instant::now();
+                let start = clock();
+                if start >= BUDGET {
+                    return Ok(None);
+                }
                 run(kernel_below, &spans)?;
                 if round > 0 {
-                    *time = start.elapsed().min(*time);
+                    *time = (clock() - start).min(*time);
                 }
             }
         }
     }
-    Ok(times)
+    Ok(Some(times))
 }
 
 /// The shortest of [`LENGTHS`] from which on the copy engines are faster for all.
@@ -97,7 +110,35 @@ fn cut_over(faster: [bool; LENGTHS.len()]) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::Cell;
+
     use super::*;
+
+    /// How many copies are made if each takes that long, and whether that is enough to say something.
+    fn measured(each: Duration) -> (usize, bool) {
+        let (now, runs) = (Cell::new(Duration::ZERO), Cell::new(0));
+        // SAFETY: nothing is copied from or to it.
+        let memory = unsafe { DevicePtr::from_raw(1 << 20) };
+        let times = measure(
+            memory,
+            || now.get(),
+            |_, _| {
+                now.set(now.get() + each);
+                runs.set(runs.get() + 1);
+                Ok(())
+            },
+        );
+        (runs.get(), times.unwrap().is_some_and(|times| times.iter().flatten().all(|t| *t == each)))
+    }
+
+    #[test]
+    fn a_slow_gpu_is_measured_for_the_budget_and_no_longer() {
+        let all = LENGTHS.len() * 2 * ROUNDS;
+        assert_eq!(measured(Duration::from_millis(1)), (all, true));
+        assert_eq!(measured(BUDGET / all as u32), (all, true));
+        assert_eq!(measured(BUDGET / 10), (10, false));
+        assert_eq!(measured(10 * BUDGET), (1, false));
+    }
 
     #[test]
     fn one_slow_length_moves_the_cut_over_past_it() {
