@@ -26,13 +26,13 @@ use super::links::{Link, wrong_role};
 use super::loads::Loads;
 use super::paths::Failures;
 use super::push::{News, Pushes, Way};
-use super::register::{EngineMemory, Registered, register};
+use super::register::{EngineMemory, Registered, pattern, register};
 use super::store::{DeviceStore, Ended, HostStore, Store};
 use super::{AgentStats, Command, KvLayer, Shared, closed};
 use crate::config::{AgentConfig, Memory as KvMemory, Role};
 use crate::control::{Address, Control, ControlConfig, Event, Limits, Throttle, Waker};
-use crate::device::{Copier, CopierConfig, DevicePool, Summed};
-use crate::driver::{Device, Event as DeviceEvent};
+use crate::device::{Copier, CopierConfig, DevicePool, Summed, upload};
+use crate::driver::{Buffer, Device, Event as DeviceEvent};
 use crate::identity;
 use crate::memory::HostPool;
 use crate::transport::local::LocalExports;
@@ -50,6 +50,8 @@ const ORPHAN_POLL: Duration = Duration::from_millis(10);
 /// How long a closed agent waits for copies that can't be called back, and how often it looks.
 const DRAIN: Duration = Duration::from_secs(5);
 const DRAIN_POLL: Duration = Duration::from_millis(1);
+/// How long a start waits for a GPU.
+const START: Duration = Duration::from_secs(5);
 
 pub(super) struct Progress {
     pub(super) config: AgentConfig,
@@ -71,6 +73,9 @@ pub(super) struct Progress {
     pub(super) loads: Option<Loads>,
     /// Where the KV is, if not in host memory.
     pub(super) device: Option<Device>,
+    /// Until [`Command::Register`]. What takes time on a GPU is done before this thread serves anybody.
+    copier: Option<Copier>,
+    pattern: Option<Buffer>,
     /// Heard by the next [`Progress::end`].
     pub(super) ended: Vec<Ended>,
     /// Told by the next [`Progress::tell`].
@@ -136,7 +141,13 @@ impl Progress {
         for target in consuming.iter().flat_map(|consuming| &consuming.targets) {
             control.watch(target.event_fd())?;
         }
+        let pushes = device.as_ref().filter(|_| config.role.produces());
+        let copier = pushes.map(|gpu| copier(gpu, Summed::Source, control.waker())).transpose()?;
+        let bytes = pattern(incarnation);
+        let pattern = device.as_ref().map(|gpu| upload(gpu, &bytes, START)).transpose()?;
         Ok(Self {
+            copier,
+            pattern,
             control,
             local: LocalExports::new(incarnation),
             producer: producer.transpose()?,
@@ -338,10 +349,10 @@ impl Progress {
         if self.loads.is_some() {
             return Err(ErrorKind::Config.error("the engine's memory was registered before"));
         }
-        let device = self.device.as_ref();
-        let registered = register(&self.config.layout, &layers, self.incarnation, device)?;
-        let layout = &self.config.layout;
+        let (layout, pattern) = (&self.config.layout, &mut self.pattern);
+        let registered = register(layout, &layers, self.incarnation, pattern)?;
         let ways = self.ways(&registered)?;
+        let layout = &self.config.layout;
         self.loads = Some(Loads::new(layout.clone(), registered.clone()));
         let pushes = self.pushes.insert(Pushes::new(layout.clone(), registered, ways));
         for fd in pushes.event_fds() {
@@ -356,15 +367,14 @@ impl Progress {
         Ok(gate)
     }
 
-    fn ways(&self, registered: &Registered) -> Result<Vec<Way>> {
-        let regions = match (&registered.memory, &self.device) {
-            (EngineMemory::Host(regions), _) => regions,
-            (EngineMemory::Device(regions), Some(device)) if self.config.role.produces() => {
-                let copier = copier(device, Summed::Source, self.control.waker())?;
-                let regions = Arc::clone(regions);
-                return Ok(vec![Way::Gpu(Box::new(CudaIpc::new(device.clone(), regions, copier)))]);
+    fn ways(&mut self, registered: &Registered) -> Result<Vec<Way>> {
+        let regions = match &registered.memory {
+            EngineMemory::Host(regions) => regions,
+            EngineMemory::Device(regions) => {
+                let gpu = self.device.clone().zip(self.copier.take());
+                let way = |(gpu, copier)| CudaIpc::new(gpu, Arc::clone(regions), copier);
+                return Ok(gpu.into_iter().map(|gpu| Way::Gpu(Box::new(way(gpu)))).collect());
             }
-            (EngineMemory::Device(_), _) => return Ok(Vec::new()),
         };
         let local = Local::new(Arc::clone(regions));
         let shm = Shm::new(Arc::clone(regions));
@@ -471,7 +481,8 @@ impl Pool {
 }
 
 fn copier(device: &Device, summed: Summed, waker: Waker) -> Result<Copier> {
-    Copier::new(device, CopierConfig { summed, ..CopierConfig::default() }, move || waker.wake())
+    let config = CopierConfig { summed, patience: START, ..CopierConfig::default() };
+    Copier::new(device, config, move || waker.wake())
 }
 
 fn consuming(us: Incarnation, config: &AgentConfig, pool: Pool, waker: Waker) -> Result<Consuming> {

@@ -10,7 +10,7 @@ use kvxfer_core::{ErrorKind, Incarnation, Result};
 
 use super::KvLayer;
 use crate::device::DeviceRegions;
-use crate::driver::{Buffer, Device, DevicePtr, Priority};
+use crate::driver::{Buffer, DevicePtr};
 use crate::memory::Regions;
 
 /// Bytes of the region that probes are written from.
@@ -32,12 +32,12 @@ pub(super) struct Registered {
     pub(super) pattern: RegionId,
 }
 
-/// Registers each layer's memory as a region of its own.
+/// Registers each layer's memory as a region of its own, and the [pattern], which for KV on a GPU is there already.
 pub(super) fn register(
     layout: &KvLayout,
     layers: &[KvLayer],
     us: Incarnation,
-    device: Option<&Device>,
+    on_gpu: &mut Option<Buffer>,
 ) -> Result<Registered> {
     if layers.len() != layout.layers() as usize {
         return Err(ErrorKind::Config.error(format!(
@@ -61,37 +61,25 @@ pub(super) fn register(
         })?;
         // SAFETY: the promise of whoever called `Agent::register`.
         let region = unsafe {
-            match device {
+            match on_gpu {
                 None => regions.register(layer.address as *mut u8, size),
                 Some(_) => on_device.register(DevicePtr::from_raw(layer.address as u64), size),
             }
         }?;
         memory.push(LayerMemory { region, base: 0, stride: layer.stride, blocks: layer.blocks });
     }
-    let bytes = pattern(us);
-    let (pattern, memory_of) = match device {
-        None => (regions.keep(bytes)?, EngineMemory::Host(Arc::new(regions))),
-        Some(device) => {
-            let pattern = on_device.keep(upload(device, &bytes)?)?;
+    let (pattern, memory_of) = match on_gpu.take() {
+        None => (regions.keep(pattern(us))?, EngineMemory::Host(Arc::new(regions))),
+        Some(buffer) => {
+            let pattern = on_device.keep(buffer)?;
             (pattern, EngineMemory::Device(Arc::new(on_device)))
         }
     };
     Ok(Registered { memory: memory_of, layers: memory, pattern })
 }
 
-/// Those bytes in memory of the GPU. Blocks for as long as that takes.
-fn upload(device: &Device, bytes: &[u8]) -> Result<Buffer> {
-    let len = bytes.len() as u64;
-    let (buffer, pinned) = (device.buffer(len)?, device.pinned(len)?);
-    pinned.write(0, bytes)?;
-    let stream = device.stream(Priority::Default)?;
-    stream.upload(buffer.ptr(), &pinned, 0, len)?;
-    stream.synchronize()?;
-    Ok(buffer)
-}
-
 /// Bytes that follow from who we are, and look like noise.
-fn pattern(us: Incarnation) -> Vec<u8> {
+pub(super) fn pattern(us: Incarnation) -> Vec<u8> {
     let (halves, _) = us.0.as_chunks::<8>();
     let mut state = halves.iter().fold(0, |state, half| state ^ u64::from_le_bytes(*half));
     let words = std::iter::repeat_with(|| {

@@ -37,8 +37,6 @@ use crate::planted::{Bug, planted};
 const SLOTS: usize = 4;
 /// The most bytes of one launch: the kernel counts its tiles in 32 bits.
 const LAUNCH_BYTES: u64 = 1 << 30;
-/// How long a drop waits for what is under way, and a start for what it measures.
-const PATIENCE: Duration = Duration::from_secs(10);
 
 /// One contiguous copy on the GPU, or one sum.
 #[derive(Clone, Copy, Debug)]
@@ -86,11 +84,19 @@ pub struct CopierConfig {
     pub outstanding: u64,
     /// What is summed.
     pub summed: Summed,
+    /// How long a start waits for a copy that it measures, and a drop for what is under way.
+    pub patience: Duration,
 }
 
 impl Default for CopierConfig {
     fn default() -> Self {
-        Self { kernel_below: None, sms: 16, outstanding: 64 << 20, summed: Summed::Source }
+        Self {
+            kernel_below: None,
+            sms: 16,
+            outstanding: 64 << 20,
+            summed: Summed::Source,
+            patience: Duration::from_secs(10),
+        }
     }
 }
 
@@ -123,8 +129,8 @@ impl Gate {
 /// Spans are copied in no order among themselves; tasks end in the order in which they were submitted.
 ///
 /// # Drop
-/// Waits for what is under way, and gives up what is not: up to 10 s, or not at all after a [`Copier::drain`]
-/// that took too long. What does not end in time keeps all that it may still use of the copier's own: that is
+/// Waits for what is under way, and gives up what is not: for its [patience](CopierConfig::patience), or not at all
+/// after a [`Copier::drain`] that took too long. What does not end in time keeps all that it may still use of the copier's own: that is
 /// never freed. Whoever owns the memory that is copied drains first, and keeps it as well.
 #[derive(Debug)]
 pub struct Copier {
@@ -143,21 +149,22 @@ pub struct Copier {
     gate: Arc<Gate>,
     /// How often the gate was shut as far as we know.
     shut: u64,
-    /// What is under way was waited for in vain.
-    overdue: bool,
+    /// None is left once what is under way was waited for in vain.
+    patience: Duration,
     /// The end of a launch could not be observed.
     untracked: bool,
 }
 
 impl Copier {
     /// Prepares all that copies need. Blocks for the time of the calibration, if it is to be done: some
-    /// tens of milliseconds.
+    /// tens of milliseconds, a second at most, and for the patience more where a copy does not end.
     ///
     /// `wake` is called by a thread of the copier when [`Copier::poll`] has something to do. It must not
     /// wait for the owner.
     ///
     /// # Errors
-    /// `Device`: memory or a stream can't be had, or the kernel does not load. `Io`: no thread.
+    /// `Device`: memory or a stream can't be had, or the kernel does not load. `Io`: no thread. `Timeout`: the GPU
+    /// does not end a copy; what that may use is never freed.
     pub fn new(
         device: &Device,
         config: CopierConfig,
@@ -181,7 +188,7 @@ impl Copier {
             broken: None,
             gate: Arc::default(),
             shut: 0,
-            overdue: false,
+            patience: config.patience,
             untracked: false,
             stream,
         };
@@ -272,6 +279,11 @@ impl Copier {
         self.broken.clone().map(Error::from)
     }
 
+    /// How long a drop waits: whoever owns this one and drops it first drains it for as long.
+    pub fn patience(&self) -> Duration {
+        self.patience
+    }
+
     /// Gives up what was not started, and waits for what was. The next [`Copier::poll`] tells how each task
     /// ended.
     ///
@@ -300,7 +312,7 @@ impl Copier {
     fn run(&mut self, kernel_below: u64, spans: &[Span]) -> Result<()> {
         self.route(kernel_below);
         self.submit(0, spans)?;
-        let deadline = Instant::now() + PATIENCE;
+        let deadline = Instant::now() + self.patience;
         let mut done = Vec::new();
         loop {
             self.poll(&mut done);
@@ -349,7 +361,7 @@ impl Copier {
 
     fn settle_next(&mut self, deadline: Instant) -> Result<()> {
         let Some(observed) = self.waiter.next_until(deadline) else {
-            self.overdue = true;
+            self.patience = Duration::ZERO;
             return Err(ErrorKind::Timeout
                 .error(format!("{} launches of copies do not end", self.under_way)));
         };
@@ -389,7 +401,7 @@ impl Copier {
 
 impl Drop for Copier {
     fn drop(&mut self) {
-        let drained = self.drain(if self.overdue { Duration::ZERO } else { PATIENCE });
+        let drained = self.drain(self.patience);
         if self.under_way == 0 {
             self.waiter.stop();
         }

@@ -3,6 +3,7 @@
 //! * [`DevicePool`]: the consumer's segments.
 //! * [`DeviceRegions`]: what the engine registered, by number.
 //! * [`Copier`]: copies between device addresses, with checksums, on a stream of its own.
+//! * [`upload`]: bytes of the host's, once.
 //!
 //! Device memory is an address here, never a pointer: the host neither reads nor writes it.
 
@@ -19,3 +20,6 @@ mod waiter;
 pub use copier::{Copier, CopierConfig, Done, Gate, Span, Summed};
 pub use pool::{DevicePool, Fresh};
 pub use regions::DeviceRegions;
+#[cfg(feature = "faults")]
+pub(crate) use waiter::finish;
+pub use waiter::upload;

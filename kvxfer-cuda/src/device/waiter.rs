@@ -6,12 +6,12 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, bounded};
 use kvxfer_core::{ErrorKind, Result};
 
-use crate::driver::{CudaError, Event, Stream};
+use crate::driver::{Buffer, CudaError, Device, Event, Priority, Stream};
 use crate::planted::{Bug, planted};
 
 #[derive(Debug)]
@@ -84,6 +84,44 @@ impl Waiter {
             && thread.join().is_err()
         {
             tracing::error!("the thread that waits for the GPU panicked");
+        }
+    }
+}
+
+/// Waits until all work in a stream has ended: for what is done once.
+///
+/// # Errors
+/// `Timeout`; `Device`: the driver's, also for work that failed. What the work uses is to stay, for good.
+pub(crate) fn finish(stream: Stream, patience: Duration) -> Result<()> {
+    let stream = Arc::new(stream);
+    let end = Arc::new(stream.device().event()?);
+    stream.record(&end)?;
+    let mut waiter = Waiter::start(stream, 1, || ())?;
+    waiter.watch(Some(end));
+    let ended = waiter.next_until(Instant::now() + patience).ok_or_else(|| {
+        ErrorKind::Timeout
+            .error(format!("a GPU did not end its work within {patience:?}"))
+            .fix("look for what occupies it (nvidia-smi), and for errors of the driver (dmesg)")
+    })?;
+    waiter.stop();
+    Ok(ended?)
+}
+
+/// Those bytes in memory of a GPU.
+///
+/// # Errors
+/// `Timeout`, or `Device`; memory to which a copy may still come is never freed.
+pub fn upload(device: &Device, bytes: &[u8], patience: Duration) -> Result<Buffer> {
+    let len = bytes.len() as u64;
+    let (buffer, pinned) = (device.buffer(len)?, device.pinned(len)?);
+    pinned.write(0, bytes)?;
+    let stream = device.stream(Priority::Default)?;
+    stream.upload(buffer.ptr(), &pinned, 0, len)?;
+    match finish(stream, patience) {
+        Ok(()) => Ok(buffer),
+        Err(error) => {
+            std::mem::forget(buffer);
+            Err(error)
         }
     }
 }

@@ -10,7 +10,6 @@
 use std::collections::HashMap;
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::Duration;
 
 use kvxfer_core::path::PathName;
 use kvxfer_core::sum::{self, word_key, words};
@@ -25,9 +24,6 @@ use crate::planted::{Bug, planted};
 
 /// The transport's name.
 pub const NAME: PathName = PathName::CudaIpc;
-
-/// How long a drop waits for copies under way.
-const PATIENCE: Duration = Duration::from_secs(10);
 
 /// Writes from this GPU into segments of other processes' GPUs.
 #[derive(Debug)]
@@ -126,7 +122,7 @@ impl CudaIpc {
 
 impl Drop for CudaIpc {
     fn drop(&mut self) {
-        if let Err(error) = self.copier.drain(PATIENCE) {
+        if let Err(error) = self.copier.drain(self.copier.patience()) {
             tracing::error!(%error, "copies to peers do not end: what they write to stays mapped");
             std::mem::forget((std::mem::take(&mut self.segments), std::mem::take(&mut self.posts)));
             std::mem::forget(Arc::clone(&self.regions));

@@ -13,7 +13,8 @@ pub(crate) enum When {
     Once,
     /// The same, and the context of the calling thread is broken from then on.
     Sticky,
-    /// It answers 0; what it queued fails with the code when its turn comes, and breaks the device.
+    /// It answers 0; what it queued fails with the code when its turn comes, and breaks the device. With
+    /// code 0 it never ends.
     Late,
 }
 

@@ -6,6 +6,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
+#[cfg(feature = "faults")]
 use std::time::Duration;
 
 use kvxfer_core::sum::word_key;
@@ -17,9 +18,6 @@ use crate::agent::loads::{Part, Piece, Planned, copied};
 use crate::device::{Copier, DevicePool, DeviceRegions, Done, Fresh, Span};
 use crate::driver::{Event, Mapped};
 use crate::planted::{Bug, planted};
-
-/// How long a drop waits for what is under way.
-const PATIENCE: Duration = Duration::from_secs(10);
 
 enum Task {
     Layer { part: Part, sum: u64 },
@@ -223,7 +221,7 @@ impl DeviceStore {
         let spoilt = self.pool.at(segment, offset, 8).and_then(|at| {
             let stream = self.pool.device().stream(crate::driver::Priority::Default)?;
             stream.fill(at, 0xA5, 8)?;
-            Ok(stream.synchronize()?)
+            crate::device::finish(stream, Duration::from_secs(5))
         });
         if let Err(error) = spoilt {
             tracing::error!(%error, "a fault that was asked for can't be had");
@@ -233,7 +231,7 @@ impl DeviceStore {
 
 impl Drop for DeviceStore {
     fn drop(&mut self) {
-        if let Err(error) = self.copier.drain(PATIENCE) {
+        if let Err(error) = self.copier.drain(self.copier.patience()) {
             tracing::error!(%error, "copies of the pool do not end: its memory is kept");
             self.pool.leak();
             std::mem::forget((std::mem::take(&mut self.old), std::mem::take(&mut self.tasks)));

@@ -124,6 +124,9 @@ fn choose(queues: &mut Queues) -> Choice {
         if !item.after.iter().all(|ticket| queues.is_done(ticket)) {
             continue;
         }
+        if let Work::Hangs = item.work {
+            continue;
+        }
         if let Work::Await(value) = &item.work
             && value.is_there(stream.gpu, item.since) == Ok(false)
         {

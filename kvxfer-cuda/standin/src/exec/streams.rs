@@ -47,7 +47,11 @@ pub(super) fn stream_for_work(queues: &mut Queues, gpu: Gpu, handle: u64) -> Res
 /// # Errors
 /// As for [`stream_for_work`], and those of captures.
 pub(super) fn enqueue(gpu: Gpu, handle: u64, work: Work) -> Result<Option<Ticket>> {
-    let work = faults::late().map_or(work, Work::Fails);
+    let work = match faults::late() {
+        None => work,
+        Some(Code(0)) => Work::Hangs,
+        Some(code) => Work::Fails(code),
+    };
     with(|queues| {
         let stream = stream_for_work(queues, gpu, handle)?;
         if queues.captures(stream)? {

@@ -25,6 +25,8 @@ pub(super) enum Work {
     Launch(Launch),
     /// What a fault made of it.
     Fails(Code),
+    /// It never ends.
+    Hangs,
 }
 
 /// Work of our own.
@@ -42,6 +44,7 @@ impl fmt::Debug for Work {
             Self::Job(_) => "a stream-ordered call",
             Self::Launch(_) => "a kernel",
             Self::Fails(_) => "a failure on order",
+            Self::Hangs => "a copy that never ends, on order",
         })
     }
 }
@@ -64,6 +67,7 @@ impl Work {
             }
             Self::Launch(launch) => launch.run(gpu, since)?,
             Self::Fails(code) => return Err(*code),
+            Self::Hangs => return Ok(false),
         }
         Ok(true)
     }

@@ -154,3 +154,17 @@ fn late_failures_come_when_the_work_would_run() {
         assert_eq!(code!(cuMemsetD8Async(kv, 1, 8, stream)), failed);
     });
 }
+
+#[test]
+fn work_that_never_ends_holds_its_stream_and_no_other() {
+    on_standin(&seeds("late=cuMemsetD8Async:1:0;stuck=100"), || {
+        bind(0);
+        let (stuck, sound, kv) = (stream(), stream(), device(16));
+        cu!(cuMemsetD8Async(kv, 1, 8, stuck));
+        cu!(cuMemsetD8Async(kv + 8, 2, 8, sound));
+        cu!(cuStreamSynchronize(sound));
+        assert_eq!(code!(cuStreamQuery(stuck)), CUresult::CUDA_ERROR_NOT_READY);
+        assert_eq!(code!(cuStreamSynchronize(stuck)), CUresult::CUDA_ERROR_LAUNCH_TIMEOUT);
+        assert_eq!(code!(cuStreamQuery(stuck)), CUresult::CUDA_ERROR_NOT_READY);
+    });
+}

@@ -9,11 +9,11 @@ use kvxfer_cuda::device::CopierConfig;
 use kvxfer_cuda::driver::Priority;
 
 use super::copies::check_all;
-use super::{BATCH, KERNEL, Rig, event, span, sum};
+use super::{BATCH, KERNEL, Rig, event, span, standin, sum};
 use crate::allocations;
 use crate::harness::{
     DEADLINE, Gate, Peer, assert_nothing_lives, child_device, device, drain, finish, get, live,
-    parent, pattern, put,
+    on_standin, parent, pattern, put, skip,
 };
 
 #[test]
@@ -187,6 +187,27 @@ fn what_does_not_end_is_never_freed() {
     drain(&engine);
     drop((launched, engine, computed, source, target, gate, device));
     assert!(live().is_none_or(|counts| counts.iter().any(|&count| count > 0)));
+}
+
+/// A copier that can't measure copies, because one does not end, is none.
+#[test]
+fn a_start_that_does_not_end_keeps_what_its_copies_may_use() {
+    if parent("start").is_none() {
+        let _device = device!();
+        if !on_standin() {
+            return skip("only the stand-in is stuck when it is told to be");
+        }
+        let test = "copier::ends::a_start_that_does_not_end_keeps_what_its_copies_may_use";
+        let config = standin("late=cuMemcpyHtoDAsync:2:0");
+        return Peer::start_with(test, "start", &[("KVXFER_STANDIN", &config)]).succeeds();
+    }
+    let device = child_device();
+    let patience = Duration::from_millis(50);
+    let config = CopierConfig { kernel_below: None, patience, ..KERNEL };
+    let error = Rig::try_new(&device, config).map(drop).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Timeout, "{error}");
+    drop(device);
+    assert!(live().is_some_and(|counts| counts.iter().any(|&count| count > 0)));
 }
 
 #[test]

@@ -73,6 +73,7 @@ pub const KERNEL: CopierConfig = CopierConfig {
     sms: 4,
     outstanding: 64 << 20,
     summed: Summed::Source,
+    patience: DEADLINE,
 };
 /// Copies by batches alone.
 pub const BATCH: CopierConfig = CopierConfig { kernel_below: Some(0), ..KERNEL };

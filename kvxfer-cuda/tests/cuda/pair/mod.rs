@@ -5,6 +5,7 @@
 
 mod engine;
 mod processes;
+mod stuck;
 
 use std::time::Duration;
 
