@@ -37,6 +37,8 @@ use crate::planted::{Bug, planted};
 const SLOTS: usize = 4;
 /// The most bytes of one launch: the kernel counts its tiles in 32 bits.
 const LAUNCH_BYTES: u64 = 1 << 30;
+/// How long an engine's thread waits for a launch to be made.
+const LAUNCH: Duration = Duration::from_secs(10);
 
 /// One contiguous copy on the GPU, or one sum.
 #[derive(Clone, Copy, Debug)]
@@ -113,9 +115,13 @@ impl Gate {
     /// until now; [`Copier::void`] is to be called with the number that is returned. Waits for no copy.
     ///
     /// # Errors
-    /// `Capturing`, or the driver's: nothing is shut.
+    /// `Device`: the stream is captured, or the driver refuses. `Timeout`: the owner hangs in the driver. Nothing is
+    /// shut then.
     pub fn shut(&self, stream: &EngineStream, launched: &Event) -> Result<u64> {
-        let mut shut = self.shut.lock();
+        // Held over calls of the driver, which have no deadline.
+        let mut shut = self.shut.try_lock_for(LAUNCH).ok_or_else(|| {
+            ErrorKind::Timeout.error(format!("copies are being started for {LAUNCH:?}"))
+        })?;
         stream.wait(launched)?;
         *shut += 1;
         Ok(*shut)
