@@ -21,9 +21,9 @@ mod store;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, SendTimeoutError, Sender, bounded};
+use crossbeam_channel::{Receiver, RecvTimeoutError, SendTimeoutError, Sender, bounded};
 use kvxfer_core::pool::PoolStats;
 use kvxfer_core::session::{ConsumerStats, LoadRequest, ProducerStats, PushRange};
 use kvxfer_core::{BlockId, Error, ErrorKind, Incarnation, LoadId, Result};
@@ -115,7 +115,7 @@ struct Shared {
     /// Something was added to `news`, or the thread stopped.
     signal: Condvar,
     stopped: AtomicBool,
-    /// The thread stopped, and copies may be under way.
+    /// Copies by a device may be under way, also when the thread has stopped.
     undrained: AtomicBool,
 }
 
@@ -411,29 +411,31 @@ impl Agent {
         &self.layout
     }
 
-    /// Ends everything: loads under way fail, peers are told, memory is let go. Idempotent. When it has
-    /// returned `Ok`, nothing of this agent touches the engine's memory.
+    /// Ends everything: loads under way fail, peers are told, memory is let go. When it has returned `Ok`, nothing
+    /// of this agent touches the engine's memory. May be called again, which does not wait, and answers `Ok` only
+    /// if that holds by then.
     ///
     /// # Errors
-    /// `Timeout`: the progress thread did not end in time, or copies by a device did not.
+    /// `Timeout`: the progress thread did not end in time, or copies by a device did not: these may go on, and what
+    /// they use of the agent's own is never freed.
     pub fn close(&self) -> Result<()> {
-        let Some(thread) = self.thread.lock().take() else { return Ok(()) };
-        let _ = self.commands.send_timeout(Command::Close, STUCK);
+        // Only the first call waits.
+        let thread = self.thread.lock().take();
+        let deadline = Instant::now() + if thread.is_some() { STUCK } else { Duration::ZERO };
+        let _ = self.commands.send_deadline(Command::Close, deadline);
         self.waker.wake();
         // Not `join`: that has no deadline.
-        match self.ended.recv_timeout(STUCK) {
-            Err(crossbeam_channel::RecvTimeoutError::Timeout) => Err(ErrorKind::Timeout
-                .error(format!("the progress thread did not end within {STUCK:?}"))),
-            _ => {
-                let _ = thread.join();
-                match self.shared.undrained.load(Ordering::Acquire) {
-                    false => Ok(()),
-                    true => Err(ErrorKind::Timeout
-                        .error("copies of the engine's memory did not end in time")
-                        .fix("keep that memory until the process ends")),
-                }
+        let ended = self.ended.recv_deadline(deadline);
+        let error = if ended == Err(RecvTimeoutError::Timeout) {
+            ErrorKind::Timeout.error(format!("the progress thread did not end within {STUCK:?}"))
+        } else {
+            let _ = thread.map(JoinHandle::join);
+            if !self.shared.undrained.load(Ordering::Acquire) {
+                return Ok(());
             }
-        }
+            ErrorKind::Timeout.error("copies of the engine's memory did not end in time")
+        };
+        Err(error.fix("keep the engine's memory until the process ends"))
     }
 }
 

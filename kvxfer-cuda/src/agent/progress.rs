@@ -189,6 +189,8 @@ impl Progress {
     }
 
     pub(super) fn run(mut self) {
+        // However this thread ends.
+        self.shared.undrained.store(self.device.is_some(), Ordering::Release);
         if let Some(device) = &self.device
             && let Err(error) = device.bind()
         {
@@ -223,13 +225,8 @@ impl Progress {
         }
         let deadline = self.now() + DRAIN;
         let mut events = Vec::new();
-        while !self.is_drained() {
+        while !self.is_drained() && self.now() < deadline {
             let now = self.now();
-            if now > deadline {
-                tracing::error!(name = self.config.name, "copies are under way after {DRAIN:?}");
-                self.shared.undrained.store(true, Ordering::Release);
-                return;
-            }
             // Peers need to hear that we are here, and nobody is listened to.
             let pause = self.timeout().map_or(DRAIN_POLL, |timeout| timeout.min(DRAIN_POLL));
             if self.control.poll(now, Some(pause), &mut events).is_err() {
@@ -241,6 +238,12 @@ impl Progress {
             self.tell(now);
             self.perform(now);
         }
+        let pushed = self.pushes.as_mut().is_none_or(Pushes::has_ended);
+        let loaded = self.consuming.as_mut().is_none_or(|consuming| consuming.store.has_ended());
+        if !(pushed && loaded) {
+            tracing::error!(name = self.config.name, "copies may be under way after {DRAIN:?}");
+        }
+        self.shared.undrained.store(!(pushed && loaded), Ordering::Release);
     }
 
     fn is_drained(&self) -> bool {

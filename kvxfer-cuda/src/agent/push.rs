@@ -3,7 +3,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use kvxfer_core::layout::KvLayout;
 use kvxfer_core::path::{Ability, PathName};
@@ -213,6 +213,15 @@ impl Pushes {
         if let Some(gpu) = self.gpu() {
             gpu.copier().give_up(&super::closed());
         }
+    }
+
+    /// Whether it is known that nothing is under way; if not, nothing waits for it any more, and the memory is kept.
+    pub(super) fn has_ended(&mut self) -> bool {
+        let ended = |way: &mut Way| match way {
+            Way::Host(transport) => transport.pending() == 0,
+            Way::Gpu(gpu) => gpu.copier().drain(Duration::ZERO).is_ok(),
+        };
+        self.ways.iter_mut().all(ended)
     }
 
     fn gpu(&mut self) -> Option<&mut CudaIpc> {

@@ -6,7 +6,6 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
-#[cfg(feature = "faults")]
 use std::time::Duration;
 
 use kvxfer_core::sum::word_key;
@@ -147,6 +146,10 @@ impl DeviceStore {
     pub(super) fn give_up(&mut self) {
         self.waiting.clear();
         self.copier.give_up(&crate::agent::closed());
+    }
+
+    pub(super) fn has_ended(&mut self) -> bool {
+        self.copier.drain(Duration::ZERO).is_ok()
     }
 
     pub(super) fn poll(&mut self, ended: &mut Vec<Ended>) {

@@ -170,6 +170,15 @@ impl Store {
         }
     }
 
+    /// Gives up what has not begun. Whether it is known that nothing is under way; if not, nothing waits for it any
+    /// more, and the memory is kept.
+    pub(super) fn has_ended(&mut self) -> bool {
+        match self {
+            Self::Host(_) => true,
+            Self::Device(store) => store.has_ended(),
+        }
+    }
+
     /// That peer's process ended.
     pub(super) fn dead(&mut self, peer: Incarnation) {
         if let Self::Device(store) = self {
