@@ -143,6 +143,33 @@ impl Pair {
     }
 }
 
+/// Each path that leads to the pool, the best first, and why it can't be had, if it can't.
+///
+/// # Errors
+/// `NoPath`: the pool and the KV are in memory of different kinds.
+pub fn judge(
+    pair: &Pair,
+    consumer: &[Ability],
+    producer: &[Ability],
+    required: Option<PathName>,
+) -> Result<Vec<(PathName, Option<String>)>> {
+    if pair.kv_on_gpu != pair.gpus.is_some() {
+        let (pool, kv) = if pair.kv_on_gpu { ("host", "GPU") } else { ("GPU", "host") };
+        return Err(ErrorKind::NoPath
+            .error(format!("the pool is in {pool} memory, and the producer's KV in {kv} memory"))
+            .fix("set kv_buffer_device to the same on both sides"));
+    }
+    let why = |path| match required {
+        Some(required) if required != path => Some(format!("{required} is required")),
+        _ => pair
+            .forbids(path)
+            .map(str::to_owned)
+            .or_else(|| unable("consumer", consumer, path))
+            .or_else(|| unable("producer", producer, path)),
+    };
+    Ok(candidates(pair.gpus.is_some()).iter().map(|&path| (path, why(path))).collect())
+}
+
 /// The best path that the pair allows and both are able to.
 ///
 /// # Errors
@@ -153,22 +180,8 @@ pub fn choose(
     producer: &[Ability],
     required: Option<PathName>,
 ) -> Result<Choice> {
-    if pair.kv_on_gpu != pair.gpus.is_some() {
-        let (pool, kv) = if pair.kv_on_gpu { ("host", "GPU") } else { ("GPU", "host") };
-        return Err(ErrorKind::NoPath
-            .error(format!("the pool is in {pool} memory, and the producer's KV in {kv} memory"))
-            .fix("set kv_buffer_device to the same on both sides"));
-    }
     let mut refused = Vec::new();
-    for &path in candidates(pair.gpus.is_some()) {
-        let why = match required {
-            Some(required) if required != path => Some(format!("{required} is required")),
-            _ => pair
-                .forbids(path)
-                .map(str::to_owned)
-                .or_else(|| unable("consumer", consumer, path))
-                .or_else(|| unable("producer", producer, path)),
-        };
+    for (path, why) in judge(pair, consumer, producer, required)? {
         match why {
             None => return Ok(Choice { path, refused }),
             Some(why) => refused.push(Refusal { path: path.as_str().into(), why }),

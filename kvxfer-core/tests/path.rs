@@ -1,7 +1,7 @@
 //! Each situation of two agents, and which path they get.
 
 use kvxfer_core::ErrorKind;
-use kvxfer_core::path::{Ability, Pair, PathName, Refusal, choose};
+use kvxfer_core::path::{Ability, Pair, PathName, Refusal, choose, judge};
 
 /// Two processes of a host, nothing missing, KV in host memory.
 fn pair() -> Pair {
@@ -134,4 +134,20 @@ fn names_are_read_as_they_are_written() {
         error.to_string(),
         "\"nvlink\" is no path (take one of cuda_ipc, local, shm, ucx, tcp)"
     );
+}
+
+#[test]
+fn who_examines_is_told_of_all_that_lead_there() {
+    let no_ucx = without(PathName::Ucx, "no libucp");
+    let judged = judge(&pair(), &no_ucx, &all(), None).unwrap();
+    let whys =
+        |path: PathName| judged.iter().find(|(judged, _)| *judged == path).unwrap().1.clone();
+    assert_eq!(
+        judged.iter().map(|(path, _)| path.as_str()).collect::<Vec<_>>(),
+        ["local", "shm", "ucx", "tcp"]
+    );
+    assert_eq!((whys(PathName::Shm), whys(PathName::Tcp)), (None, None));
+    assert_eq!(whys(PathName::Ucx).unwrap(), "the consumer says: no libucp");
+    let mixed = Pair { kv_on_gpu: true, ..pair() };
+    assert_eq!(judge(&mixed, &all(), &all(), None).unwrap_err().kind(), ErrorKind::NoPath);
 }

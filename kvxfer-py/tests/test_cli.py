@@ -35,7 +35,7 @@ def test_the_report_is_json(tmp_path):
     assert report["kvxfer"] == kvxfer.__version__
     states = {path["path"]: path["state"] for path in report["paths"]}
     assert states["local"] == "ok"
-    assert list(states) == ["local", "shm", "cuda_ipc", "ucx", "tcp"]
+    assert list(states) == ["cuda_ipc", "local", "shm", "ucx", "tcp"]
 
 
 def test_exit_codes_are_the_programs():

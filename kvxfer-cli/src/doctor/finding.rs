@@ -1,8 +1,9 @@
 //! What a check says.
 
+use kvxfer_core::path::PathName;
 use serde::Serialize;
 
-use super::paths::PathName;
+use super::paths;
 
 /// What a finding is about. The order is that of the report.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -73,6 +74,7 @@ pub struct Finding {
     /// What to do, if there is anything to do.
     pub fix: Option<String>,
     /// The paths that do not work when it is refused or absent.
+    #[serde(serialize_with = "paths::names")]
     pub needed_by: &'static [PathName],
 }
 

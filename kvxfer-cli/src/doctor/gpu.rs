@@ -1,13 +1,13 @@
 //! The CUDA driver, the GPUs that it shows, and how they reach each other.
 
 use kvxfer_core::Error;
+use kvxfer_core::path::PathName;
 use kvxfer_cuda::driver::{self, Attribute, CudaError, PeerLink, Visible};
 use kvxfer_cuda::memory::Bytes;
 use serde::Serialize;
 
 use super::finding::{Area, Finding};
 use super::host::Host;
-use super::paths::PathName;
 
 const NEEDED_BY: &[PathName] = &[PathName::CudaIpc];
 
@@ -27,6 +27,9 @@ pub struct Gpu {
     pub ordinal: u32,
     /// Its name in all processes.
     pub uuid: String,
+    /// The same as peers say it.
+    #[serde(skip)]
+    pub id: [u8; 16],
     /// The product.
     pub name: String,
     /// "9.0" for Hopper.
@@ -111,6 +114,7 @@ impl Gpu {
         Ok(Self {
             ordinal: gpu.ordinal(),
             uuid: gpu.uuid().to_string(),
+            id: gpu.uuid().0,
             name: gpu.name().to_owned(),
             compute_capability: format!("{major}.{minor}"),
             memory: gpu.total_memory()?,
@@ -126,7 +130,7 @@ impl Gpu {
     }
 
     /// Whether its memory can be handed to another process in the way that we do it.
-    fn shares(&self) -> bool {
+    pub(super) fn shares(&self) -> bool {
         self.virtual_memory && self.posix_fd && !self.mig
     }
 }

@@ -1,8 +1,9 @@
 //! The kernel: what is needed, and what is better with a newer one.
 
+use kvxfer_core::path::PathName;
+
 use super::finding::{Area, Finding};
 use super::host::Host;
-use super::paths::PathName;
 
 /// A host pool's segments are sealed memfds.
 const IN_HOST_MEMORY: &[PathName] = &[PathName::Local, PathName::Shm, PathName::Tcp];

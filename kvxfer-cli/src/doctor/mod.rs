@@ -23,6 +23,7 @@ mod ucx;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use kvxfer_core::path::PathName;
 use kvxfer_cuda::control::Address;
 use kvxfer_cuda::default_socket_dir;
 use serde::Serialize;
@@ -32,7 +33,7 @@ use crate::Output;
 pub use finding::{Area, Finding, State};
 pub use gpu::{Gpu, Link, LinkKind, Survey};
 pub use host::Host;
-pub use paths::{ALL, PathName, Verdict};
+pub use paths::Verdict;
 pub use peer::Peer;
 
 /// Of the report's fields: it grows when one goes or changes its meaning.
@@ -47,7 +48,7 @@ pub struct Args {
     /// The agent of the other engine: host:port, or unix:/path
     #[arg(long, value_name = "ADDRESS")]
     pub peer: Option<Address>,
-    /// A path that has to be possible; may be repeated
+    /// A path that has to be possible: cuda_ipc, local, shm, ucx or tcp; may be repeated
     #[arg(long, value_name = "PATH", value_delimiter = ',')]
     pub require: Vec<PathName>,
     /// The folder of the Unix sockets [default: as an agent chooses it]
@@ -59,6 +60,9 @@ pub struct Args {
     /// Seconds that the peer has for each answer
     #[arg(long, value_name = "SECONDS", default_value = "3", value_parser = seconds)]
     pub timeout: Duration,
+    /// Examine the peer over TCP too, as agents do that have the same setting
+    #[arg(long, env = "KVXFER_ALLOW_INSECURE")]
+    pub allow_insecure: bool,
     /// Print JSON
     #[arg(long)]
     pub json: bool,
@@ -105,17 +109,19 @@ impl Report {
         for check in checks {
             findings.extend(check(host));
         }
-        let mut peer = None;
-        if let Some(address) = &args.peer {
-            let (found, about) = peer::check(host, address, args.timeout);
-            peer = found;
-            findings.extend(about);
-        }
+        let pair = args.peer.as_ref().map(|address| peer::check(host, address, args, &findings));
+        let (peer, judged) = match pair {
+            Some(pair) => {
+                findings.extend(pair.findings);
+                (pair.peer, pair.judged)
+            }
+            None => (None, None),
+        };
         let gpus = match &host.gpus {
             Some(Ok(survey)) => survey.gpus.clone(),
             _ => Vec::new(),
         };
-        let paths = paths::verdicts(&findings, &args.require);
+        let paths = paths::verdicts(&findings, judged.as_ref(), &args.require);
         let refused = refused(args, &findings, &paths);
         Self {
             schema: SCHEMA,
@@ -138,7 +144,7 @@ fn refused(args: &Args, findings: &[Finding], paths: &[Verdict]) -> Vec<String> 
     };
     let required = paths.iter().filter(|verdict| verdict.required && !verdict.is_ok());
     let mut refused: Vec<_> = required
-        .map(|verdict| line(&verdict.path.to_string(), &verdict.detail, &verdict.fix))
+        .map(|verdict| line(verdict.path.as_str(), &verdict.detail, &verdict.fix))
         .collect();
     if refused.is_empty() && args.peer.is_some() && !paths.iter().any(Verdict::is_ok) {
         // Nothing was required in particular, so any path would do.

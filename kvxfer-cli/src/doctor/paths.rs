@@ -1,66 +1,19 @@
-//! What the findings mean for each path.
+//! What the findings, and the peer's answer, mean for each path.
 
-use std::fmt;
-
-use clap::ValueEnum;
-use serde::Serialize;
+use kvxfer_core::path::PathName;
+use serde::{Serialize, Serializer};
 
 use super::finding::{Finding, State};
+use super::peer::Judged;
 
-/// A path, as `require_path` spells it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
-#[serde(rename_all = "snake_case")]
-#[value(rename_all = "snake_case")]
-pub enum PathName {
-    /// Within a process.
-    Local,
-    /// Shared memory of a host.
-    Shm,
-    /// From GPU to GPU of a host.
-    CudaIpc,
-    /// By RDMA, with UCX.
-    Ucx,
-    /// Over TCP.
-    Tcp,
-}
-
-/// All of them.
-pub const ALL: &[PathName] =
-    &[PathName::Local, PathName::Shm, PathName::CudaIpc, PathName::Ucx, PathName::Tcp];
-
-impl PathName {
-    /// Whether this release has it.
-    fn is_built(self) -> bool {
-        matches!(self, Self::Local | Self::Shm | Self::CudaIpc)
-    }
-
-    fn about(self) -> &'static str {
-        match self {
-            Self::Local => "between agents of one process",
-            Self::Shm => "between processes of this host, KV in host memory",
-            Self::CudaIpc => "between processes of this host, KV in GPU memory",
-            Self::Ucx => "between hosts, by RDMA",
-            Self::Tcp => "between hosts, over TCP",
-        }
-    }
-}
-
-impl fmt::Display for PathName {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Self::Local => "local",
-            Self::Shm => "shm",
-            Self::CudaIpc => "cuda_ipc",
-            Self::Ucx => "ucx",
-            Self::Tcp => "tcp",
-        })
-    }
-}
+/// What this release does not have.
+const NOT_YET: &[PathName] = &[PathName::Ucx, PathName::Tcp];
 
 /// Whether a path can be had.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Verdict {
     /// Which.
+    #[serde(serialize_with = "name")]
     pub path: PathName,
     /// `Ok` or `Refused`.
     pub state: State,
@@ -79,18 +32,46 @@ impl Verdict {
     }
 }
 
-/// A verdict on each path. The first finding that is in its way is the reason.
-pub(super) fn verdicts(findings: &[Finding], required: &[PathName]) -> Vec<Verdict> {
-    let verdict = |&path: &PathName| {
+/// A verdict on each path. The first finding that is in its way is the reason, for it comes with a fix; then what the
+/// peer says.
+pub(super) fn verdicts(
+    findings: &[Finding],
+    peer: Option<&Judged>,
+    required: &[PathName],
+) -> Vec<Verdict> {
+    let verdict = |path: PathName| {
         let blocking = findings.iter().find(|finding| finding.blocks(path));
-        let (state, detail, fix) = match blocking {
-            _ if !path.is_built() => {
-                (State::Refused, "this release of kvxfer does not have it yet".to_owned(), None)
+        let refused = match (blocking, peer) {
+            _ if NOT_YET.contains(&path) => {
+                Some(("this release of kvxfer does not have it yet".to_owned(), None))
             }
-            Some(finding) => (State::Refused, finding.detail.clone(), finding.fix.clone()),
-            None => (State::Ok, path.about().to_owned(), None),
+            (Some(finding), _) => Some((finding.detail.clone(), finding.fix.clone())),
+            (None, Some(judged)) => judged.why_not(path).map(|why| (why, None)),
+            (None, None) => None,
+        };
+        let (state, detail, fix) = match refused {
+            Some((detail, fix)) => (State::Refused, detail, fix),
+            None => (State::Ok, about(path).to_owned(), None),
         };
         Verdict { path, state, detail, fix, required: required.contains(&path) }
     };
-    ALL.iter().map(verdict).collect()
+    PathName::ALL.into_iter().map(verdict).collect()
+}
+
+fn about(path: PathName) -> &'static str {
+    match path {
+        PathName::CudaIpc => "between processes of this host, KV in GPU memory",
+        PathName::Local => "between agents of one process",
+        PathName::Shm => "between processes of this host, KV in host memory",
+        PathName::Ucx => "between hosts, by RDMA",
+        PathName::Tcp => "between hosts, over TCP",
+    }
+}
+
+pub(super) fn name<S: Serializer>(path: &PathName, to: S) -> Result<S::Ok, S::Error> {
+    to.serialize_str(path.as_str())
+}
+
+pub(super) fn names<S: Serializer>(paths: &[PathName], to: S) -> Result<S::Ok, S::Error> {
+    to.collect_seq(paths.iter().map(|path| path.as_str()))
 }

@@ -3,14 +3,17 @@
 use std::path::Path;
 use std::time::Duration;
 
+use kvxfer_core::ErrorKind;
 use kvxfer_core::key::KEY_VERSION;
+use kvxfer_core::path::{Ability, PathName, candidates};
+use kvxfer_core::wire::message::Memory;
 use kvxfer_core::wire::{self, Hello};
-use kvxfer_cuda::control::{Address, locate};
+use kvxfer_cuda::control::{Address, Answer, Question, examine, locate};
 use serde::Serialize;
 
+use super::Args;
 use super::finding::{Area, Finding};
 use super::host::Host;
-use super::paths::{ALL, PathName};
 use super::sockets::BY_DESCRIPTOR;
 
 /// What asks.
@@ -18,6 +21,40 @@ const US: &str = "kvxfer doctor";
 
 /// What works only within a host.
 const ON_ONE_HOST: &[PathName] = &[PathName::Local, PathName::Shm, PathName::CudaIpc];
+
+const ALL: &[PathName] = &PathName::ALL;
+
+/// All about the pair.
+pub(super) struct Pair {
+    /// The agent, if it answered.
+    pub(super) peer: Option<Peer>,
+    pub(super) findings: Vec<Finding>,
+    /// What it says of the paths, if it says that.
+    pub(super) judged: Option<Judged>,
+}
+
+/// What the peer says of the paths from our memory to its pool.
+pub(super) struct Judged {
+    on_gpu: bool,
+    chosen: Option<String>,
+    /// By path.
+    refused: Vec<(String, String)>,
+}
+
+impl Judged {
+    /// Why it does not take that path.
+    pub(super) fn why_not(&self, path: PathName) -> Option<String> {
+        if !candidates(self.on_gpu).contains(&path) {
+            return Some(format!("the peer's pool is in {} memory", kind(self.on_gpu)));
+        }
+        let refused = self.refused.iter().find(|(refused, _)| refused == path.as_str());
+        refused.map(|(_, why)| why.clone())
+    }
+}
+
+fn kind(on_gpu: bool) -> &'static str {
+    if on_gpu { "GPU" } else { "host" }
+}
 
 /// The agent that answered.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -36,17 +73,16 @@ pub struct Peer {
     pub same_host: bool,
     /// Where its Unix socket is, as it sees it.
     pub unix_path: Option<String>,
+    /// The path that it would choose, if it says so and there is one.
+    pub chooses: Option<String>,
 }
 
-pub(super) fn check(
-    host: &Host,
-    address: &Address,
-    patience: Duration,
-) -> (Option<Peer>, Vec<Finding>) {
-    let located = match locate(address, US, patience) {
+pub(super) fn check(host: &Host, address: &Address, args: &Args, ours: &[Finding]) -> Pair {
+    let located = match locate(address, US, args.timeout) {
         Ok(located) => located,
         Err(error) => {
-            return (None, vec![Finding::failed(Area::Peer, "answer", &error).needed_by(ALL)]);
+            let findings = vec![Finding::failed(Area::Peer, "answer", &error).needed_by(ALL)];
+            return Pair { peer: None, findings, judged: None };
         }
     };
     let hello = located.hello;
@@ -59,16 +95,18 @@ pub(super) fn check(
         micros % 1000 / 100
     );
     let same_host = boot_id(host) == Some(hello.boot_id);
-    let mut found =
-        vec![Finding::ok(Area::Peer, "answer", detail), versions(&hello), place(same_host)];
+    let answered = Finding::ok(Area::Peer, "answer", detail);
+    let mut findings = vec![answered, versions(&hello), place(same_host)];
     if same_host {
-        found.push(socket(address, &hello, patience));
+        findings.push(socket(address, &hello, args.timeout));
     }
     // Only agents of one process reach each other so, and this is none.
-    found.push(
+    findings.push(
         Finding::absent(Area::Peer, "process", "the peer is another process")
             .needed_by(&[PathName::Local]),
     );
+    let (judged, choice) = choice(host, address, args, ours);
+    findings.push(choice);
     let peer = Peer {
         address: address.to_string(),
         name: hello.name,
@@ -77,8 +115,64 @@ pub(super) fn check(
         chunk_keys: hello.key_versions,
         same_host,
         unix_path: hello.unix_path,
+        chooses: judged.as_ref().and_then(|judged| judged.chosen.clone()),
     };
-    (Some(peer), found)
+    Pair { peer: Some(peer), findings, judged }
+}
+
+/// What the peer, which chooses the path, would choose for an engine on this machine.
+fn choice(
+    host: &Host,
+    address: &Address,
+    args: &Args,
+    ours: &[Finding],
+) -> (Option<Judged>, Finding) {
+    let name = "choice";
+    let able = |&path: &PathName| match ours.iter().find(|finding| finding.blocks(path)) {
+        None => Ability::able(path, Vec::new()),
+        Some(finding) => Ability::unable(path, wire::bounds::reason(&finding.detail)),
+    };
+    let question = |memory: Memory| -> Question {
+        (memory, candidates(memory != Memory::Host).iter().map(able).collect())
+    };
+    let survey = host.gpus.as_ref().and_then(|gpus| gpus.as_ref().ok());
+    let gpu = survey.and_then(|survey| survey.gpus.iter().find(|gpu| gpu.shares()));
+    let memories = [Memory::Host].into_iter().chain(gpu.map(|gpu| Memory::Cuda { gpu: gpu.id }));
+    let questions: Vec<Question> = memories.map(question).collect();
+    let answers = match examine(address, US, args.allow_insecure, &questions, args.timeout) {
+        Ok(answers) => answers,
+        // No link, so no path whatever.
+        Err(error) if error.kind() == ErrorKind::NoPath => {
+            return (None, Finding::failed(Area::Peer, name, &error).needed_by(ALL));
+        }
+        Err(error) => {
+            let finding = Finding::warn(Area::Peer, name, error.to_string()).fix(
+                "if this is the prefill engine's agent, ask for the decode engine's: it chooses",
+            );
+            return (None, finding);
+        }
+    };
+    // One of the kinds of memory is the pool's; the other has no candidates.
+    let fits = |(_, (_, refused)): &&(bool, Answer)| refused.iter().all(|of| of.path != "any");
+    let asked = questions.iter().map(|(memory, _)| *memory != Memory::Host);
+    let answers: Vec<(bool, Answer)> = asked.zip(answers).collect();
+    let Some((on_gpu, (chosen, refused))) = answers.iter().find(fits).cloned() else {
+        let whys = answers.iter().flat_map(|(_, (_, refused))| refused);
+        let why = whys.map(|refusal| refusal.why.clone()).next().unwrap_or_default();
+        return (None, Finding::refused(Area::Peer, name, why).needed_by(ALL));
+    };
+    let judged = Judged {
+        on_gpu,
+        chosen,
+        refused: refused.into_iter().map(|refusal| (refusal.path, refusal.why)).collect(),
+    };
+    let finding = match &judged.chosen {
+        Some(path) => {
+            Finding::ok(Area::Peer, name, format!("{path}, for KV in {} memory", kind(on_gpu)))
+        }
+        None => Finding::refused(Area::Peer, name, "none of the paths"),
+    };
+    (Some(judged), finding)
 }
 
 fn versions(hello: &Hello) -> Finding {

@@ -2,11 +2,11 @@
 
 use std::path::Path;
 
+use kvxfer_core::path::PathName;
 use kvxfer_cuda::control::check_socket_dir;
 
 use super::finding::{Area, Finding};
 use super::host::Host;
-use super::paths::PathName;
 
 /// Descriptors go over Unix sockets, and over nothing else.
 pub(super) const BY_DESCRIPTOR: &[PathName] = &[PathName::Shm, PathName::CudaIpc];

@@ -13,7 +13,7 @@ pub(super) fn render(report: &Report, colour: bool) -> String {
         .findings
         .iter()
         .map(|finding| finding.name.chars().count())
-        .chain(report.paths.iter().map(|verdict| verdict.path.to_string().len()))
+        .chain(report.paths.iter().map(|verdict| verdict.path.as_str().len()))
         .max()
         .unwrap_or(0);
     let mut area = None;
@@ -29,10 +29,9 @@ pub(super) fn render(report: &Report, colour: bool) -> String {
     }
     page.title("paths");
     for verdict in &report.paths {
-        let name = verdict.path.to_string();
         let required = if verdict.required { " (required)" } else { "" };
         let detail = format!("{}{required}", verdict.detail);
-        page.line(verdict.state, &name, width, &detail, verdict.fix.as_deref());
+        page.line(verdict.state, verdict.path.as_str(), width, &detail, verdict.fix.as_deref());
     }
     page.text
 }

@@ -1,8 +1,9 @@
 //! Each warning and each refusal.
 
 use State::{Absent, Ok, Refused, Warn};
-use kvxfer_cli::doctor::{LinkKind, PathName, State};
+use kvxfer_cli::doctor::{LinkKind, State};
 use kvxfer_core::ErrorKind;
+use kvxfer_core::path::PathName;
 use kvxfer_cuda::driver::CudaError;
 
 use crate::fake::{Fake, chmod, is_root, no_library, survey};
@@ -23,7 +24,7 @@ fn a_healthy_machine_has_nothing_to_fix() {
     assert!(report.ok);
     let can: Vec<_> = report.paths.iter().filter(|verdict| verdict.is_ok()).collect();
     let can: Vec<_> = can.iter().map(|verdict| verdict.path).collect();
-    assert_eq!(can, [PathName::Local, PathName::Shm, PathName::CudaIpc]);
+    assert_eq!(can, [PathName::CudaIpc, PathName::Local, PathName::Shm]);
 }
 
 #[test]

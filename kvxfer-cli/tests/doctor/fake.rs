@@ -182,6 +182,7 @@ pub(crate) fn no_library() -> CudaError {
 pub(crate) fn survey(kind: LinkKind) -> Survey {
     let gpu = |ordinal: u32| Gpu {
         ordinal,
+        id: [ordinal as u8; 16],
         uuid: format!("GPU-00000000-0000-0000-0000-00000000000{ordinal}"),
         name: "NVIDIA H200".into(),
         compute_capability: "9.0".into(),

@@ -2,24 +2,35 @@
 
 use std::io::Write;
 use std::net::TcpListener;
+use std::path::Path;
 
-use kvxfer_cli::doctor::{Area, Host, PathName, Report, State};
+use kvxfer_cli::doctor::{Area, Host, Report, State};
 use kvxfer_core::layout::{Group, KvLayout};
+use kvxfer_core::path::PathName;
 use kvxfer_cuda::{Address, Agent, AgentConfig, Role};
 
 use crate::fake::{Folder, args};
 
 /// A decode engine's agent, and the folder of its socket.
 fn agent() -> (Agent, Folder) {
+    let (config, folder) = config();
+    (Agent::start(config).unwrap(), folder)
+}
+
+fn config() -> (AgentConfig, Folder) {
     let folder = Folder::new();
+    (config_in(&folder.0), folder)
+}
+
+pub(crate) fn config_in(folder: &Path) -> AgentConfig {
     let group = Group { block_tokens: 16, block_bytes: vec![64] };
     let layout = KvLayout::one_group("model of the tests", "bytes", 64, group);
     let mut config = AgentConfig::new(Role::Consumer, layout);
     config.name = "decode-0".into();
     config.listen = Some(Address::tcp("127.0.0.1", 0));
-    config.socket_dir = folder.0.join("s");
+    config.socket_dir = folder.join("s");
     config.buffer_size = 1 << 20;
-    (Agent::start(config).unwrap(), folder)
+    config
 }
 
 fn examine(folder: &Folder, peer: &str, more: &[&str]) -> Report {
@@ -48,12 +59,18 @@ fn an_agent_of_this_host_is_found_by_either_address() {
         assert!(answer == State::Ok && detail.contains("decode-0"), "{detail}");
         let (socket, detail) = state(&report, "socket");
         assert!(socket == State::Ok && detail.contains("process "), "{detail}");
-        // Nobody asked for GPUs, so nothing is known against `cuda_ipc`.
-        assert_eq!(possible(&report), [PathName::Shm, PathName::CudaIpc]);
+        assert_eq!(possible(&report), [PathName::Shm]);
+        let why = |path| {
+            let mut verdicts = report.paths.iter();
+            verdicts.find(|verdict| verdict.path == path).unwrap().detail.clone()
+        };
+        assert_eq!(why(PathName::CudaIpc), "the peer's pool is in host memory");
+        assert_eq!(why(PathName::Local), "the peer is another process");
+        let (choice, detail) = state(&report, "choice");
+        assert_eq!((choice, detail.as_str()), (State::Ok, "shm, for KV in host memory"));
         let peer = report.peer.unwrap();
+        assert_eq!(peer.chooses.as_deref(), Some("shm"));
         assert!(peer.same_host && peer.name == "decode-0", "{peer:?}");
-        let local = report.paths.iter().find(|verdict| verdict.path == PathName::Local).unwrap();
-        assert_eq!(local.detail, "the peer is another process");
     }
 }
 
@@ -78,7 +95,32 @@ fn another_host_is_told_by_its_boot() {
     assert_eq!(state(&report, "host").0, State::Absent);
     assert!(!report.peer.unwrap().same_host);
     assert_eq!(report.refused.len(), 2, "{:?}", report.refused);
-    assert!(report.refused[0].starts_with("shm: the peer is on another host"));
+    assert!(report.refused[0].starts_with("cuda_ipc: the peer is on another host"));
+    drop(folder);
+}
+
+#[test]
+fn what_the_peer_requires_counts() {
+    let (mut config, folder) = config();
+    config.require_path = Some(PathName::Local);
+    let agent = Agent::start(config).unwrap();
+    let report = examine(&folder, &agent.addresses()[0].to_string(), &["--require", "shm"]);
+    assert_eq!(report.refused, ["shm: local is required"]);
+    assert_eq!(state(&report, "choice").0, State::Refused);
+    assert!(possible(&report).is_empty());
+}
+
+#[test]
+fn a_prefill_engine_chooses_nothing() {
+    let (decode, folder) = agent();
+    let (mut config, own) = config();
+    config.role = Role::Producer;
+    config.peers = vec![decode.addresses()[0].clone()];
+    let prefill = Agent::start(config).unwrap();
+    let report = examine(&own, &prefill.addresses()[0].to_string(), &[]);
+    let (choice, detail) = state(&report, "choice");
+    assert_eq!(choice, State::Warn, "{detail}");
+    assert!(report.ok, "{:?}", report.refused);
     drop(folder);
 }
 

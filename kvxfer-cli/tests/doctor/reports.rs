@@ -111,6 +111,7 @@ fn each_field_is_documented() {
         chunk_keys: (1, 1),
         same_host: true,
         unix_path: None,
+        chooses: None,
     });
     let mut names = BTreeSet::new();
     fields(&serde_json::to_value(&report).unwrap(), &mut names);

@@ -345,7 +345,8 @@ pub enum Message {
     Examined {
         /// The path; `None` if there is none.
         path: Option<String>,
-        /// Each better one, and why it would not be taken.
+        /// Each other one that would not be had either, better or not, and why. Where KV is in the wrong kind of memory,
+        /// there is one reason for all, and no path.
         refused: Vec<Refusal>,
     },
 }

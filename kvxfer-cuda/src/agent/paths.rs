@@ -4,8 +4,9 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 use std::time::Duration;
 
-use kvxfer_core::path::{Ability, Choice, Pair, PathName, Refusal, choose};
+use kvxfer_core::path::{Ability, Choice, Pair, PathName, Refusal, choose, judge};
 use kvxfer_core::wire::Message;
+use kvxfer_core::wire::bounds::reason;
 use kvxfer_core::wire::message::Memory;
 use kvxfer_core::{Error, ErrorKind, Incarnation, LinkId, Result, Time};
 
@@ -89,15 +90,14 @@ impl Progress {
         }
     }
 
-    /// The path for a producer with such memory that is able to do that.
-    fn choose(
+    /// What there is to choose from: what we see of the pair, and what we are able to.
+    fn pair(
         &mut self,
         now: Time,
         peer: Incarnation,
         reach: &Reach,
         memory: Memory,
-        theirs: &[Ability],
-    ) -> Result<Choice> {
+    ) -> (Pair, Vec<Ability>) {
         let gpus = match (&self.device, memory) {
             (None, _) => None,
             (Some(_), Memory::Host) => Some(Ok(())),
@@ -122,7 +122,7 @@ impl Progress {
             None => Vec::new(),
         };
         self.retract(peer, &mut ours);
-        choose(&pair, &ours, theirs, self.config.require_path)
+        (pair, ours)
     }
 
     /// A producer's layout fits: now the path.
@@ -131,7 +131,8 @@ impl Progress {
         let (Kind::Producer(reach), peer) = (&mut link.kind, link.peer) else { return Ok(()) };
         let Some((memory, theirs)) = reach.said.take() else { return Ok(()) };
         let reach = Reach { why_not_unix: reach.why_not_unix.clone(), said: None, ..*reach };
-        let Choice { path, refused } = self.choose(now, peer, &reach, memory, &theirs)?;
+        let (pair, ours) = self.pair(now, peer, &reach, memory);
+        let Choice { path, refused } = choose(&pair, &ours, &theirs, self.config.require_path)?;
         if let Some(consuming) = &mut self.consuming {
             consuming.welcome(path, peer, reach.local, &theirs)?;
         }
@@ -160,13 +161,18 @@ impl Progress {
         let Some(link) = self.links.get_mut(&id) else { return Ok(()) };
         let (Kind::Examiner(reach), peer) = (&mut link.kind, link.peer) else { return Ok(()) };
         let reach = Reach { why_not_unix: reach.why_not_unix.clone(), said: None, ..*reach };
-        let message = match self.choose(now, peer, &reach, memory, theirs) {
-            Ok(Choice { path, refused }) => {
-                Message::Examined { path: Some(path.as_str().into()), refused }
+        let (pair, ours) = self.pair(now, peer, &reach, memory);
+        let refusal = |path: &str, why: String| Refusal { path: path.into(), why: reason(why) };
+        let message = match judge(&pair, &ours, theirs, self.config.require_path) {
+            Ok(judged) => {
+                let best = judged.iter().find(|(_, why)| why.is_none());
+                let path = best.map(|(path, _)| path.as_str().to_owned());
+                let refused = judged.into_iter();
+                let refused = refused.filter_map(|(path, why)| Some(refusal(path.as_str(), why?)));
+                Message::Examined { path, refused: refused.collect() }
             }
             Err(error) => {
-                let why = kvxfer_core::wire::bounds::reason(error.to_string());
-                Message::Examined { path: None, refused: vec![Refusal { path: "any".into(), why }] }
+                Message::Examined { path: None, refused: vec![refusal("any", error.to_string())] }
             }
         };
         self.send(now, id, &message);

@@ -7,11 +7,13 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use kvxfer_core::key::KEY_VERSION;
-use kvxfer_core::wire::{self, Decoder, Frame, Hello, Purpose};
+use kvxfer_core::path::{Ability, Refusal};
+use kvxfer_core::wire::message::Memory;
+use kvxfer_core::wire::{self, Decoder, Frame, Hello, Message, Purpose};
 use kvxfer_core::{Error, ErrorKind, Result};
 
 use super::peer::Peer;
-use super::{Address, folder};
+use super::{Address, Control, ControlConfig, Event, folder};
 use crate::identity;
 
 /// An agent that answered.
@@ -35,15 +37,7 @@ pub struct Located {
 pub fn locate(address: &Address, name: &str, patience: Duration) -> Result<Located> {
     let start = Instant::now();
     let (deadline, mut started) = (start + patience, start);
-    let hello = Hello {
-        versions: wire::VERSIONS,
-        key_versions: (KEY_VERSION, KEY_VERSION),
-        incarnation: identity::incarnation()?,
-        purpose: Purpose::Locate,
-        boot_id: identity::boot_id()?,
-        unix_path: None,
-        name: name.to_owned(),
-    };
+    let hello = hello(name)?;
     let (hello, peer) = match address {
         Address::Unix(path) => {
             let socket = folder::connect(path)?
@@ -65,6 +59,67 @@ pub fn locate(address: &Address, name: &str, patience: Duration) -> Result<Locat
     let pid = peer.as_ref().and_then(|peer| peer.pid);
     let mortal = peer.is_some_and(|peer| peer.pidfd.is_some());
     Ok(Located { hello, took: started.elapsed(), pid, mortal })
+}
+
+/// A producer to be: where it keeps its KV, and what it is able to do.
+pub type Question = (Memory, Vec<Ability>);
+
+/// The path that such a producer would get, and each other one that it wouldn't, with the reason.
+pub type Answer = (Option<String>, Vec<Refusal>);
+
+/// Asks the agent at that address which path each of these producers would get, over a link like theirs.
+///
+/// # Errors
+/// `NoPath`: there would be no link. `Timeout`: no answer within `patience`. Others: the agent takes no pushes, or
+/// there is none.
+pub fn examine(
+    address: &Address,
+    name: &str,
+    allow_insecure: bool,
+    questions: &[Question],
+    patience: Duration,
+) -> Result<Vec<Answer>> {
+    let peers = vec![address.clone()];
+    let config = ControlConfig { peers, allow_insecure, ..ControlConfig::new(hello(name)?) };
+    let mut control = Control::new(config)?;
+    control.dial(0, Purpose::Examine);
+    let (start, mut events, mut answers) = (Instant::now(), Vec::new(), Vec::new());
+    while answers.len() < questions.len() {
+        let now = start.elapsed();
+        let left = patience.checked_sub(now).filter(|left| !left.is_zero()).ok_or_else(|| {
+            ErrorKind::Timeout.error(format!("{address} does not say which path it would choose"))
+        })?;
+        control.poll(now, Some(left), &mut events)?;
+        for event in events.drain(..) {
+            match event {
+                Event::Up { link, .. } => {
+                    for (memory, paths) in questions {
+                        let (memory, paths) = (*memory, paths.clone());
+                        control.send(link, &Message::Examine { memory, paths }, &[])?;
+                    }
+                }
+                Event::Message { message: Message::Examined { path, refused }, .. } => {
+                    answers.push((path, refused));
+                }
+                Event::Message { .. } => {}
+                Event::DialFailed { error, .. } | Event::Down { error, .. } => return Err(error),
+            }
+        }
+    }
+    Ok(answers)
+}
+
+/// Says who a tool is.
+fn hello(name: &str) -> Result<Hello> {
+    Ok(Hello {
+        versions: wire::VERSIONS,
+        key_versions: (KEY_VERSION, KEY_VERSION),
+        incarnation: identity::incarnation()?,
+        purpose: Purpose::Locate,
+        boot_id: identity::boot_id()?,
+        unix_path: None,
+        name: name.to_owned(),
+    })
 }
 
 /// What a name stands for. On a thread of its own: the resolver knows no deadline.

@@ -47,7 +47,7 @@ pub(crate) use timers::Throttle;
 pub use address::Address;
 pub use config::{ControlConfig, Counts, Event, Limits, Redial};
 pub use folder::check_socket_dir;
-pub use locate::{Located, locate};
+pub use locate::{Answer, Located, Question, examine, locate};
 pub use poller::Waker;
 
 /// Tokens of the listeners; links count from [`FIRST_LINK`].
