@@ -7,6 +7,7 @@ use kvxfer_cuda::driver;
 use kvxfer_cuda::memory::HostPool;
 
 use super::gpu::Survey;
+use super::ucx::Ucx;
 
 /// A machine. Checks are functions of it, so tests give them another one.
 #[derive(Debug)]
@@ -23,11 +24,13 @@ pub struct Host {
     pub pool: kvxfer_core::Result<()>,
     /// What the CUDA driver says; `None` when it was not asked.
     pub gpus: Option<driver::Result<Survey>>,
+    /// What became of looking for UCX; `None` when it was not looked for.
+    pub ucx: Option<kvxfer_core::Result<Ucx>>,
 }
 
 impl Host {
-    /// This one. The driver is asked only if `gpus`.
-    pub fn here(socket_dir: PathBuf, buffer_size: u64, gpus: bool) -> Self {
+    /// This one, without GPUs and UCX: to look for those opens libraries.
+    pub fn here(socket_dir: PathBuf, buffer_size: u64) -> Self {
         Self {
             root: "/".into(),
             env: std::env::vars_os()
@@ -38,7 +41,8 @@ impl Host {
             socket_dir,
             buffer_size,
             pool: HostPool::new(1, 4096).map(drop),
-            gpus: gpus.then(Survey::here),
+            gpus: None,
+            ucx: None,
         }
     }
 

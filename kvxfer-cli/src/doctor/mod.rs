@@ -35,6 +35,7 @@ pub use gpu::{Gpu, Link, LinkKind, Survey};
 pub use host::Host;
 pub use paths::Verdict;
 pub use peer::Peer;
+pub use ucx::Ucx;
 
 /// Of the report's fields: it grows when one goes or changes its meaning.
 pub const SCHEMA: u32 = 1;
@@ -54,6 +55,12 @@ pub struct Args {
     /// The folder of the Unix sockets [default: as an agent chooses it]
     #[arg(long, value_name = "FOLDER", env = "KVXFER_SOCKET_DIR")]
     pub socket_dir: Option<PathBuf>,
+    /// What UCX is taken from: libucp.so.0, or a folder with it [default: the system's, or the wheel's]
+    #[arg(long, value_name = "FILE", env = "KVXFER_UCX_LIBRARY")]
+    pub ucx_library: Option<PathBuf>,
+    /// Where the Python wheel's UCX is: the package knows
+    #[arg(long, value_name = "FOLDER", env = "KVXFER_UCX_WHEEL", hide = true)]
+    pub ucx_wheel: Option<PathBuf>,
     /// The pool that is planned: 512MiB, 1GiB, or bytes
     #[arg(long, value_name = "SIZE", env = "KVXFER_BUFFER_SIZE", default_value = "1GiB", value_parser = size)]
     pub buffer_size: u64,
@@ -159,13 +166,17 @@ fn refused(args: &Args, findings: &[Finding], paths: &[Verdict]) -> Vec<String> 
 
 /// Examines this machine and says what was found; answers the exit code.
 pub fn run(args: &Args, output: &mut Output<'_>) -> i32 {
-    // A probe that asks for shared memory, every few seconds, does not wake the GPUs.
+    // A probe that asks for shared memory, every few seconds, wakes no GPU and opens no library.
     let gpu_paths = [PathName::CudaIpc, PathName::Ucx];
     let quick = args.quiet
         && !args.require.is_empty()
         && !args.require.iter().any(|path| gpu_paths.contains(path));
     let socket_dir = args.socket_dir.clone().unwrap_or_else(default_socket_dir);
-    let host = Host::here(socket_dir, args.buffer_size, !quick);
+    let mut host = Host::here(socket_dir, args.buffer_size);
+    if !quick {
+        host.gpus = Some(Survey::here());
+        host.ucx = Some(Ucx::here(args.ucx_library.as_deref(), args.ucx_wheel.as_deref()));
+    }
     say(&Report::of(&host, args), args, output)
 }
 

@@ -7,7 +7,7 @@ use super::finding::{Finding, State};
 use super::peer::Judged;
 
 /// What this release does not have.
-const NOT_YET: &[PathName] = &[PathName::Ucx, PathName::Tcp];
+const NOT_YET: &[PathName] = &[PathName::Ucx];
 
 /// Whether a path can be had.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -64,7 +64,7 @@ fn about(path: PathName) -> &'static str {
         PathName::Local => "between agents of one process",
         PathName::Shm => "between processes of this host, KV in host memory",
         PathName::Ucx => "between hosts, by RDMA",
-        PathName::Tcp => "between hosts, over TCP",
+        PathName::Tcp => "between hosts, KV in host memory, with allow_insecure on both sides",
     }
 }
 

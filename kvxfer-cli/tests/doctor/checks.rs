@@ -24,7 +24,7 @@ fn a_healthy_machine_has_nothing_to_fix() {
     assert!(report.ok);
     let can: Vec<_> = report.paths.iter().filter(|verdict| verdict.is_ok()).collect();
     let can: Vec<_> = can.iter().map(|verdict| verdict.path).collect();
-    assert_eq!(can, [PathName::CudaIpc, PathName::Local, PathName::Shm]);
+    assert_eq!(can, [PathName::CudaIpc, PathName::Local, PathName::Shm, PathName::Tcp]);
 }
 
 #[test]
@@ -250,13 +250,18 @@ fn rdma_ports_nodes_and_the_way_to_gpu_memory() {
 #[test]
 fn libraries_and_interfaces() {
     let mut fake = Fake::new();
-    fake.finds("library", Ok, "/usr/lib64/libucp.so.0; transports cuda, ib", "");
-    fake.put("opt/own/libucp.so.0", "");
-    fake.host.env.insert("LD_LIBRARY_PATH".into(), "/nowhere::/opt/own".into());
-    fake.finds("library", Ok, "/opt/own/libucp.so.0; no transport beyond", "");
-    fake.drop("opt");
+    fake.finds("library", Ok, "1.22.0, /usr/lib64/libucp.so.0.0.0 (system)", "");
+    fake.finds("transports", Ok, "those built in, and cuda, ib; takes GPU memory", "");
     fake.drop("usr");
-    fake.finds("library", Absent, "no libucp.so.0", "");
+    fake.finds("transports", Ok, "those built in; takes GPU memory", "");
+    let mut ucx = fake.host.ucx.clone().unwrap().unwrap();
+    ucx.cuda = Err(ErrorKind::NoPath.error("no such device").fix("ucx_info -d"));
+    fake.host.ucx = Some(std::result::Result::Ok(ucx));
+    fake.finds("start", Refused, "no such device", "ucx_info");
+    fake.host.ucx = Some(Err(ErrorKind::NoPath.error("no UCX library was found").fix("install")));
+    fake.finds("library", Absent, "no UCX library", "install");
+    fake.host.ucx = Some(Err(ErrorKind::VersionMismatch.error("UCX 1.8.0 is too old")));
+    fake.finds("library", Refused, "too old", "");
     fake.finds("interfaces", Ok, "eth0 (MTU 9000)", "");
     fake.put("sys/class/net/eth0/operstate", "down\n");
     fake.finds("interfaces", Absent, "loopback", "");

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 
 use clap::Parser;
-use kvxfer_cli::doctor::{Args, Finding, Gpu, Host, Link, LinkKind, Report, State, Survey};
+use kvxfer_cli::doctor::{Args, Finding, Gpu, Host, Link, LinkKind, Report, State, Survey, Ucx};
 use kvxfer_cuda::driver::CudaError;
 
 /// A folder of the test's own, with a name short enough for sockets in it.
@@ -47,6 +47,12 @@ impl Fake {
             buffer_size: 1 << 30,
             pool: Ok(()),
             gpus: Some(Ok(survey(LinkKind::NvLink))),
+            ucx: Some(Ok(Ucx {
+                version: "1.22.0".into(),
+                path: "/usr/lib64/libucp.so.0.0.0".into(),
+                source: "system".into(),
+                cuda: Ok(true),
+            })),
         };
         let fake = Self { folder, host };
         // What is temporary is on a volume.
@@ -93,7 +99,6 @@ impl Fake {
             ("sys/class/net/lo/flags", "0x9\n"),
             ("sys/class/net/lo/operstate", "unknown\n"),
             ("sys/class/net/lo/mtu", "65536\n"),
-            ("usr/lib64/libucp.so.0", ""),
             ("usr/lib64/ucx/libuct_cuda.so", ""),
             ("usr/lib64/ucx/libuct_ib.so", ""),
         ] {

@@ -34,7 +34,7 @@ pub(crate) fn config_in(folder: &Path) -> AgentConfig {
 }
 
 fn examine(folder: &Folder, peer: &str, more: &[&str]) -> Report {
-    let host = Host::here(folder.0.join("s"), 1 << 20, false);
+    let host = Host::here(folder.0.join("s"), 1 << 20);
     Report::of(&host, &args(&[&["--peer", peer], more].concat()))
 }
 
@@ -66,6 +66,7 @@ fn an_agent_of_this_host_is_found_by_either_address() {
         };
         assert_eq!(why(PathName::CudaIpc), "the peer's pool is in host memory");
         assert_eq!(why(PathName::Local), "the peer is another process");
+        assert_eq!(why(PathName::Tcp), "the consumer says: allow_insecure is not set");
         let (choice, detail) = state(&report, "choice");
         assert_eq!((choice, detail.as_str()), (State::Ok, "shm, for KV in host memory"));
         let peer = report.peer.unwrap();
@@ -108,6 +109,17 @@ fn what_the_peer_requires_counts() {
     assert_eq!(report.refused, ["shm: local is required"]);
     assert_eq!(state(&report, "choice").0, State::Refused);
     assert!(possible(&report).is_empty());
+}
+
+#[test]
+fn paths_over_a_network_are_judged_too() {
+    let (mut config, folder) = config();
+    config.allow_insecure = true;
+    let agent = Agent::start(config).unwrap();
+    let report = examine(&folder, &agent.addresses()[0].to_string(), &["--require", "tcp"]);
+    assert!(report.ok, "{:?}", report.refused);
+    assert_eq!(possible(&report), [PathName::Shm, PathName::Tcp]);
+    assert_eq!(report.peer.unwrap().chooses.as_deref(), Some("shm"));
 }
 
 #[test]
