@@ -292,6 +292,10 @@ impl Link {
             (Kind::Producer(_), _) if error.lasting() => {
                 tracing::error!(%peer, name, %error, "refused a producer: none of its KV is taken");
             }
+            // A probe may come every few seconds, and goes as soon as it has its answer.
+            (Kind::Examiner(_), _) if error.kind() == ErrorKind::PeerLost => {
+                tracing::debug!(%peer, name, %error, "who examined is gone");
+            }
             _ if error.kind() == ErrorKind::PeerLost => {
                 tracing::info!(%peer, name, %error, "a link ended");
             }
