@@ -5,7 +5,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
 .ONESHELL:
-.PHONY: help demo test rust kernels standin gpu-check gpu-bundle python examples e2e sim bench bench-gpu fmt clean
+.PHONY: help demo test rust kernels standin conformance gpu-check gpu-bundle python examples e2e sim bench bench-gpu fmt clean
 
 # Cut once here, so that a log shows where the minutes went.
 say = printf '\n\033[1m[%(%H:%M:%S)T] %s\033[0m\n' -1 "$(1)"
@@ -30,7 +30,7 @@ export PROMPT KEEP
 # SECONDS is a variable of bash itself.
 export SECONDS_TO_RUN := $(or $(SECONDS),60)
 
-test: rust standin kernels examples python e2e ## everything: Rust, Python, types, and two real engines end to end
+test: rust standin conformance kernels examples python e2e ## everything: Rust, Python, types, and two real engines end to end
 	@$(call say,all tests passed)
 
 rust: ## formatting, clippy, Rust tests and doc tests
@@ -58,6 +58,13 @@ standin: ## the GPU path on a stand-in for the CUDA driver, planted ordering bug
 	$(call say,standin: gpu-check in small)
 	mkdir -p target/standin/rehearsal
 	LD_LIBRARY_PATH="$$folder" KVXFER_STANDIN="devices=2;ledger=$$PWD/target/standin/rehearsal" target/debug/gpu-check --rehearse
+
+conformance: ## every transport held to one contract: local, shm, tcp, ucx, and cuda_ipc on the stand-in (target/reports/conformance.json)
+	@$(call say,conformance: building)
+	cargo build --workspace --features kvxfer-cuda/faults --locked --bin conformance --test conformance
+	folder=$$(kvxfer-cuda/standin/build)
+	$(call say,conformance: each transport)
+	target/debug/conformance "$$folder"
 
 gpu-check: ## everything that needs a GPU, on this machine's own: what is proven goes to target/reports/gpu.json and gpu.md, and to docs/; without a GPU it says so (gpu-check ends with 77, which make turns into its own 2)
 	@$(call say,gpu-check: building)

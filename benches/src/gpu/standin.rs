@@ -28,7 +28,7 @@ pub fn accounts(folder: &Path) -> Result<Vec<(String, String)>> {
 }
 
 /// What has the stand-in found as the driver.
-fn found_in(folder: &Path) -> (String, String) {
+pub fn found_in(folder: &Path) -> (String, String) {
     let more = std::env::var("LD_LIBRARY_PATH").unwrap_or_default();
     let colon = if more.is_empty() { "" } else { ":" };
     ("LD_LIBRARY_PATH".into(), format!("{}{colon}{more}", folder.display()))
