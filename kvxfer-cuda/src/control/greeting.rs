@@ -76,7 +76,10 @@ impl Control {
         let why_not_unix = match &link.unix {
             Some(_) => None,
             None if theirs.boot_id != ours.boot_id => Some("it is on another host".to_owned()),
-            None => Some("it dialled over TCP although it is on this host".to_owned()),
+            None => Some(
+                "it is on this host and came over TCP: the two see no socket folder in common"
+                    .to_owned(),
+            ),
         };
         self.dirty.push(id);
         self.up(id, version, theirs, why_not_unix);

@@ -7,6 +7,8 @@ mod logs;
 mod paths;
 mod processes;
 mod refusals;
+#[cfg(feature = "faults")]
+mod table;
 
 use std::time::Duration;
 
