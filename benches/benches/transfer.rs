@@ -2,7 +2,7 @@
 
 use kvxfer_benches::machine::Watch;
 use kvxfer_benches::report::Report;
-use kvxfer_benches::{Result, child, handover, transfer};
+use kvxfer_benches::{Result, child, handover, network, transfer};
 
 /// Timed rounds, each with new block tables.
 const ROUNDS: usize = 20;
@@ -10,6 +10,7 @@ const ROUNDS: usize = 20;
 fn main() -> Result<()> {
     match child::role()? {
         Some((role, socket)) if role == "consumer" => transfer::consumer(socket),
+        Some((role, socket)) if role == "receiver" => network::receiver(socket),
         Some((role, socket)) if role == "decode" => handover::decode(socket),
         Some((role, _)) => Err(format!("no child has the role {role:?}").into()),
         None => parent(),
@@ -19,10 +20,16 @@ fn main() -> Result<()> {
 fn parent() -> Result<()> {
     let watch = Watch::start();
     let mut report = Report::default();
+    // `cargo bench --bench transfer -- network`, while working on that.
+    if std::env::args().any(|argument| argument == "network") {
+        networks(&mut report)?;
+        return report.finish(&watch);
+    }
     report.criterion()?;
     report.churn();
     handovers(&mut report)?;
     transfers(&mut report)?;
+    networks(&mut report)?;
     report.finish(&watch)
 }
 
@@ -34,6 +41,15 @@ fn transfers(report: &mut Report) -> Result<()> {
     }
     // Nothing scattered: the ceiling.
     report.transfer(&producer.measure(transfer::MOVED, ROUNDS)?);
+    Ok(())
+}
+
+fn networks(report: &mut Report) -> Result<()> {
+    report.networks();
+    let mut sender = network::Sender::start()?;
+    for shift in [12, 14, 16, 18, 20] {
+        report.network(&sender.measure(1 << shift, ROUNDS)?);
+    }
     Ok(())
 }
 

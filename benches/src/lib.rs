@@ -14,6 +14,7 @@ pub mod copies;
 pub mod gpu;
 pub mod handover;
 pub mod machine;
+pub mod network;
 pub mod random;
 pub mod report;
 pub mod stats;

@@ -8,7 +8,7 @@ use serde_json::{Map, Value, json};
 
 use crate::machine::{Watch, commit, says};
 use crate::stats::Ratio;
-use crate::{Result, churn, handover, transfer};
+use crate::{Result, churn, handover, network, transfer};
 
 /// Figures by name.
 #[derive(Debug, Default)]
@@ -117,6 +117,41 @@ impl Report {
         self.figures.insert(format!("transfer/{}/{what}", it.path), figures);
     }
 
+    /// The heading of the lines that [`Report::network`] adds.
+    pub fn networks(&mut self) {
+        self.line(format!(
+            "\n{:<26} {:>8} {:>8}   {:<18} {:<18}",
+            "the same by loopback, GB/s",
+            "kvxfer",
+            "socket",
+            "kvxfer/socket",
+            "CPU s/GB (sent, received)"
+        ));
+    }
+
+    /// One size of blocks.
+    pub fn network(&mut self, it: &network::Figures) {
+        let what = size(it.block);
+        let ([kvxfer, socket], [sent, received]) = (it.gbps, it.cpu_per_gb);
+        self.line(format!(
+            "  {:<24} {kvxfer:>8.2} {socket:>8.2}   {:<18} {sent:.2}, {received:.2}",
+            format!("{} {what}", it.path),
+            interval(it.socket)
+        ));
+        let figures = json!({
+            "path": it.path,
+            "block_bytes": it.block,
+            "moved_bytes": transfer::MOVED,
+            "rounds": it.rounds,
+            "gb_per_s": round(kvxfer),
+            "socket_gb_per_s": round(socket),
+            "over_socket": ratio(it.socket),
+            "cpu_s_per_gb_sent": round(sent),
+            "cpu_s_per_gb_received": round(received),
+        });
+        self.figures.insert(format!("transfer/{}/{what}", it.path), figures);
+    }
+
     /// The heading of the lines that [`Report::handover`] adds.
     pub fn handovers(&mut self) {
         self.line(format!(
@@ -171,7 +206,8 @@ impl Report {
         );
         println!(
             "GB/s and ms are medians; ratios are medians of neighbours in time [95 % interval]. kvxfer includes planning \
-             and the\nchecksum; memcpy is the C library's, bare nt streams past the cache; neither sums. All one thread."
+             and the\nchecksum; memcpy is the C library's, bare nt streams past the cache, socket is one connection that sends one\npiece \
+             of memory into one buffer; none of them sums. All one thread on each side."
         );
         let report = json!({
             "date": date, "commit": commit, "machine": machine, "figures": self.figures

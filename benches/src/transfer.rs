@@ -2,7 +2,7 @@
 //!
 //! The child owns the pool, as a consumer does, and hands its memfd over. This process is the producer: it plans block
 //! ids, posts them to the real `shm` transport in chunks of 16 blocks and polls it, as its agent would. In turn with that,
-//! the same blocks go to the same memory by the bare copies of [`crate::copies`].
+//! the same blocks go to the same memory by the bare copies of [`crate::copies`]. [`crate::network`] does the same over sockets.
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -11,12 +11,13 @@ use std::time::Instant;
 use kvxfer_core::layout::{Group, KvLayout};
 use kvxfer_core::plan::{LayerMemory, layer_writes};
 use kvxfer_core::pool::Extent;
-use kvxfer_core::transport::{Post, RegionId, SegmentHandle, Transport, Write};
+use kvxfer_core::transport::{Completion, Post, RegionId, SegmentHandle, Transport, Write};
 use kvxfer_core::{BlockId, Incarnation, PostId, SegmentId};
 use kvxfer_cuda::copy::drain;
 use kvxfer_cuda::fds::{recv_with_fds, send_with_fds};
 use kvxfer_cuda::memory::{HostPool, Mapping, Regions};
 use kvxfer_cuda::transport::{Shm, shm};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::child::{Child, Words};
@@ -25,27 +26,27 @@ use crate::stats::{Ratio, median, speedup};
 use crate::{Result, copies, machine};
 
 /// Memory on either side; more than the caches hold.
-const FIELD: u64 = 512 << 20;
+pub(crate) const FIELD: u64 = 512 << 20;
 /// Bytes moved in a round.
 pub const MOVED: u64 = 256 << 20;
 const CHUNK: usize = 16;
-const PEER: Incarnation = Incarnation([7; 16]);
-const ID: SegmentId = SegmentId(0);
+pub(crate) const PEER: Incarnation = Incarnation([7; 16]);
+pub(crate) const ID: SegmentId = SegmentId(0);
 /// Between two looks of an agent at its sockets.
-const BUDGET: u64 = 4 << 20;
+pub(crate) const BUDGET: u64 = 4 << 20;
 
 const POISON: u64 = 1;
 const CHECK: u64 = 2;
 
 /// Which block of the producer goes to which place of the consumer.
-struct Table {
+pub(crate) struct Table {
     from: Vec<BlockId>,
     to: Vec<u32>,
     block: u64,
 }
 
 impl Table {
-    fn new(seed: u64, block: u64) -> Self {
+    pub(crate) fn new(seed: u64, block: u64) -> Self {
         let (count, of) = ((MOVED / block) as u32, (FIELD / block) as u32);
         let mut random = Random(seed ^ block << 32);
         Self { from: random.pick(count, of), to: random.pick(count, of), block }
@@ -59,7 +60,7 @@ impl Table {
 }
 
 /// The word of the producer's memory at that offset.
-fn content(offset: u64) -> u64 {
+pub(crate) fn content(offset: u64) -> u64 {
     mix(offset + 1)
 }
 
@@ -73,27 +74,61 @@ pub fn consumer(mut socket: Words) -> Result<()> {
     let handle = shm::export(&pool, ID)?;
     send_with_fds(&socket.0, &handle.blob, &[handle.fds[0].as_fd()])?;
     let memory = pool.segment(ID)?;
-    while let Some([what, seed, block]) = socket.command()? {
-        let mut wrong = 0;
-        match what {
-            POISON => {
-                // SAFETY: all of the mapping, and the parent waits.
-                unsafe { memory.as_mut_ptr().write_bytes(0xEE, FIELD as usize) };
-            }
-            _ => {
-                for (from, to) in Table::new(seed, block).pairs() {
-                    let at = memory.at(to, block)?.cast::<u64>();
-                    for word in 0..block / 8 {
-                        // SAFETY: inside the block, which `at` checked.
-                        let found = unsafe { at.add(word as usize).read_volatile() };
-                        wrong += u64::from(found != content(from + word * 8));
-                    }
-                }
-            }
-        }
-        socket.send(&[wrong])?;
+    while let Some(command) = socket.command()? {
+        socket.send(&[obey(memory, command)?])?;
     }
     Ok(())
+}
+
+/// Poisons the consumer's memory, or counts its wrong words.
+pub(crate) fn obey(memory: &Mapping, [what, seed, block]: [u64; 3]) -> Result<u64> {
+    if what == POISON {
+        // SAFETY: all of the mapping, and the parent waits.
+        unsafe { memory.as_mut_ptr().write_bytes(0xEE, FIELD as usize) };
+        return Ok(0);
+    }
+    let mut wrong = 0;
+    for (from, to) in Table::new(seed, block).pairs() {
+        let at = memory.at(to, block)?.cast::<u64>();
+        for word in 0..block / 8 {
+            // SAFETY: inside the block, which `at` checked.
+            let found = unsafe { at.add(word as usize).read_volatile() };
+            wrong += u64::from(found != content(from + word * 8));
+        }
+    }
+    Ok(wrong)
+}
+
+/// The producer's memory, and its region.
+///
+/// # Errors
+/// No memory.
+pub(crate) fn source() -> Result<(HostPool, Regions)> {
+    let memory = HostPool::new(1, FIELD)?;
+    let start = memory.segment(ID)?.as_mut_ptr();
+    for offset in (0..FIELD).step_by(8) {
+        // SAFETY: inside the mapping, which nobody else knows yet.
+        unsafe { start.add(offset as usize).cast::<u64>().write(content(offset)) };
+    }
+    let mut regions = Regions::new();
+    // SAFETY: the caller drops `memory` after what reads it.
+    unsafe { regions.register(start, FIELD) }?;
+    Ok((memory, regions))
+}
+
+/// One pass over poisoned memory that the child looks at.
+pub(crate) fn verify(
+    socket: &mut Words,
+    seed: u64,
+    block: u64,
+    push: impl FnOnce(&Table) -> Result<()>,
+) -> Result<()> {
+    let [_] = socket.ask(&[POISON, 0, 0])?;
+    push(&Table::new(seed, block))?;
+    match socket.ask(&[CHECK, seed, block])? {
+        [0] => Ok(()),
+        [wrong] => Err(format!("blocks of {block} bytes: {wrong} words are wrong").into()),
+    }
 }
 
 /// Figures for one size of blocks.
@@ -117,15 +152,66 @@ pub struct Figures {
     pub cpu_per_gb: [f64; 2],
 }
 
+/// Plans, posts, polls.
+#[derive(Default)]
+pub(crate) struct Pusher {
+    posts: u64,
+    writes: Vec<Write>,
+    completions: Vec<Completion>,
+}
+
+impl Pusher {
+    pub(crate) fn push(
+        &mut self,
+        transport: &mut dyn Transport,
+        layout: &KvLayout,
+        table: &Table,
+    ) -> Result<()> {
+        let block = table.block;
+        let blocks = (FIELD / block) as u32;
+        let memory = LayerMemory { region: RegionId(0), base: 0, stride: block, blocks };
+        let extent = |&page| Extent { segment: ID, page, pages: 1, group: 0 };
+        for (from, to) in table.from.chunks(CHUNK).zip(table.to.chunks(CHUNK)) {
+            let extents: Vec<Extent> = to.iter().map(extent).collect();
+            self.writes.clear();
+            layer_writes(layout, 0, &memory, &extents, from, &mut self.writes)?;
+            self.posts += 1;
+            let (id, seed) = (PostId(self.posts), self.posts);
+            let post = Post { id, peer: PEER, grant: None, seed, writes: &self.writes };
+            while let Err(error) = transport.post(post) {
+                if !error.retryable() {
+                    return Err(error.into());
+                }
+                step(transport, &mut self.completions)?;
+            }
+        }
+        while transport.pending() > 0 {
+            step(transport, &mut self.completions)?;
+        }
+        self.completions.drain(..).try_for_each(|end| end.result.map(|_| ()))?;
+        Ok(())
+    }
+}
+
+/// A poll; as an agent would, this sleeps when there is nothing to do.
+fn step(transport: &mut dyn Transport, completions: &mut Vec<Completion>) -> Result<()> {
+    transport.poll(BUDGET, completions);
+    if transport.pending() > 0
+        && transport.rests()
+        && let Some(fd) = transport.event_fd()
+    {
+        poll(&mut [PollFd::new(&fd, PollFlags::IN)], None)?;
+    }
+    Ok(())
+}
+
 /// The producer's side.
 pub struct Producer {
     child: Child,
     transport: Shm,
     /// The same memory again, for the bare copies.
     pool: Mapping,
-    posts: u64,
-    writes: Vec<Write>,
-    completions: Vec<kvxfer_core::transport::Completion>,
+    pusher: Pusher,
     /// Dropped after the transport, which reads it.
     memory: HostPool,
 }
@@ -142,20 +228,11 @@ impl Producer {
         let len = recv_with_fds(&child.socket.0, &mut blob, &mut fds)?;
         let pool = Mapping::import(fds.first().ok_or("no memory came")?, FIELD)?;
 
-        let memory = HostPool::new(1, FIELD)?;
-        let start = memory.segment(ID)?.as_mut_ptr();
-        for offset in (0..FIELD).step_by(8) {
-            // SAFETY: inside the mapping, which nobody else knows yet.
-            unsafe { start.add(offset as usize).cast::<u64>().write(content(offset)) };
-        }
-        let mut regions = Regions::new();
-        // SAFETY: `memory` is dropped after the transport.
-        unsafe { regions.register(start, FIELD) }?;
+        let (memory, regions) = source()?;
         let mut transport = Shm::new(Arc::new(regions));
         let handle = SegmentHandle { blob: blob[..len].to_vec(), bytes: FIELD, fds };
         transport.attach(PEER, ID, handle)?;
-        let (writes, completions) = (Vec::new(), Vec::new());
-        Ok(Self { child, transport, pool, posts: 0, writes, completions, memory })
+        Ok(Self { child, transport, pool, pusher: Pusher::default(), memory })
     }
 
     /// Measures one size of blocks.
@@ -172,7 +249,7 @@ impl Producer {
                 let way = (round + turn) % 3;
                 let (wall, cpu) = (Instant::now(), cpu_time());
                 match (way, copies::streaming()) {
-                    (0, _) => self.push(&layout, &table)?,
+                    (0, _) => self.pusher.push(&mut self.transport, &layout, &table)?,
                     (1, _) => self.bare(&table, copies::memcpy)?,
                     (_, Some(copy)) => self.bare(&table, copy)?,
                     (_, None) => {}
@@ -196,41 +273,9 @@ impl Producer {
         })
     }
 
-    /// One pass over poisoned memory that the child looks at.
     fn verify(&mut self, layout: &KvLayout, seed: u64, block: u64) -> Result<()> {
-        let [_] = self.child.socket.ask(&[POISON, 0, 0])?;
-        self.push(layout, &Table::new(seed, block))?;
-        match self.child.socket.ask(&[CHECK, seed, block])? {
-            [0] => Ok(()),
-            [wrong] => Err(format!("blocks of {block} bytes: {wrong} words are wrong").into()),
-        }
-    }
-
-    /// By kvxfer: plan, post, poll.
-    fn push(&mut self, layout: &KvLayout, table: &Table) -> Result<()> {
-        let block = table.block;
-        let blocks = (FIELD / block) as u32;
-        let memory = LayerMemory { region: RegionId(0), base: 0, stride: block, blocks };
-        let extent = |&page| Extent { segment: ID, page, pages: 1, group: 0 };
-        for (from, to) in table.from.chunks(CHUNK).zip(table.to.chunks(CHUNK)) {
-            let extents: Vec<Extent> = to.iter().map(extent).collect();
-            self.writes.clear();
-            layer_writes(layout, 0, &memory, &extents, from, &mut self.writes)?;
-            self.posts += 1;
-            let (id, seed) = (PostId(self.posts), self.posts);
-            let post = Post { id, peer: PEER, grant: None, seed, writes: &self.writes };
-            while let Err(error) = self.transport.post(post) {
-                if !error.retryable() {
-                    return Err(error.into());
-                }
-                self.transport.poll(BUDGET, &mut self.completions);
-            }
-        }
-        while self.transport.pending() > 0 {
-            self.transport.poll(BUDGET, &mut self.completions);
-        }
-        self.completions.drain(..).try_for_each(|end| end.result.map(|_| ()))?;
-        Ok(())
+        let Self { child, transport, pusher, .. } = self;
+        verify(&mut child.socket, seed, block, |table| pusher.push(transport, layout, table))
     }
 
     /// By a bare copy.
@@ -247,7 +292,7 @@ impl Producer {
 }
 
 /// One layer, one block a token.
-fn layout(block: u64) -> KvLayout {
+pub(crate) fn layout(block: u64) -> KvLayout {
     let group = Group { block_tokens: 1, block_bytes: vec![block as u32] };
     KvLayout::one_group("benchmark", "bytes", CHUNK as u32, group)
 }
@@ -260,6 +305,6 @@ fn cpu_time() -> f64 {
 
 impl std::fmt::Debug for Producer {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Producer").field("posts", &self.posts).finish_non_exhaustive()
+        f.debug_struct("Producer").field("posts", &self.pusher.posts).finish_non_exhaustive()
     }
 }

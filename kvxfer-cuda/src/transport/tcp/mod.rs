@@ -44,6 +44,7 @@
 mod blob;
 mod frame;
 mod io;
+mod peer;
 mod queue;
 mod receive;
 mod sender;

@@ -1,7 +1,6 @@
 //! The producer's end.
 
 use std::collections::{HashMap, VecDeque};
-use std::net::SocketAddr;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,17 +10,14 @@ use kvxfer_core::transport::{Completion, Post, SegmentHandle, Transport};
 use kvxfer_core::{Error, ErrorKind, Incarnation, PostId, Result, SegmentId};
 
 use super::blob::Blob;
-use super::frame::{Opening, Token};
-use super::queue::{Piece, Queue, Queued};
+use super::peer::{Peer, Segment, peer_and_stream, token};
+use super::queue::{Queue, Queued};
 use super::stream::{Phase, Stream, Turn, unreachable};
 use super::watch::{ALARM, Ready, Watch};
 use super::{NAME, OPEN};
-use crate::memory::{Regions, inside};
+use crate::memory::Regions;
 use crate::transport::mapped::{POSTS, WRITES, full};
 use crate::transport::overlap::Overlap;
-
-/// Bits of a token that are the stream's number; the others are the peer's.
-const STREAM_BITS: u32 = 8;
 
 /// Sends to [`TcpTarget`](super::TcpTarget)s. The caller's thread does all of it, in [`Transport::poll`].
 pub struct Tcp {
@@ -43,24 +39,6 @@ pub struct Tcp {
     overlap: Overlap,
     /// How long a connection may take.
     open: Duration,
-}
-
-struct Peer {
-    name: Incarnation,
-    segments: HashMap<SegmentId, Segment>,
-    addresses: Vec<SocketAddr>,
-    tokens: Vec<Token>,
-    streams: Vec<Stream>,
-    /// Accepted, and begun by no stream.
-    waiting: Queue,
-    /// Why there are no streams any more.
-    lost: Option<Error>,
-}
-
-#[derive(Clone, Copy)]
-struct Segment {
-    generation: u32,
-    bytes: u64,
 }
 
 impl Tcp {
@@ -102,75 +80,37 @@ impl Tcp {
     /// Ends a peer's connections and posts.
     fn lose(&mut self, number: u64, why: Error) {
         let Some(peer) = self.peers.get_mut(&number) else { return };
-        let waiting = std::mem::take(&mut peer.waiting);
-        let queues = peer.streams.drain(..).map(Stream::abort).chain([waiting]);
-        for post in queues.flat_map(|queue| queue.posts) {
+        for post in peer.lose(&why) {
             self.posts -= 1;
             self.writes -= post.writes;
             self.ended.push(Completion { id: post.id, peer: peer.name, result: Err(why.clone()) });
         }
-        peer.segments.clear();
-        peer.lost = Some(why);
     }
 
     /// Starts connections to a peer that was not known.
     fn connect(&mut self, name: Incarnation, blob: &Blob) {
         self.last_number += 1;
         let number = self.last_number;
-        let peer = Peer {
-            name,
-            segments: HashMap::new(),
-            addresses: blob.addresses.clone(),
-            tokens: blob.tokens.clone(),
-            streams: Vec::new(),
-            waiting: Queue::default(),
-            lost: None,
-        };
         self.numbers.insert(name, number);
-        self.peers.insert(number, peer);
+        self.peers.insert(number, Peer::new(name, number, blob));
         for stream in 0..blob.tokens.len() {
             if let Err(error) = self.dial(number, stream, 0) {
-                self.broke(number, error);
-                return;
+                return self.broke(number, error);
             }
         }
     }
 
-    /// Starts a stream, at the peer's `nth` address or the first one behind it to which that is possible.
     fn dial(&mut self, number: u64, stream: usize, nth: usize) -> Result<()> {
         let Some(peer) = self.peers.get_mut(&number) else { return Ok(()) };
-        let opening =
-            Opening { stream: stream as u32, token: peer.tokens[stream], writer: self.own };
-        let until = Instant::now() + self.open;
-        let mut failed = None;
-        for address in &peer.addresses[nth..] {
-            match Stream::start(*address, opening, until) {
-                Ok(started) => {
-                    let token = number << STREAM_BITS | stream as u64;
-                    self.watch.add(started.socket(), token, started.interest)?;
-                    match peer.streams.get_mut(stream) {
-                        Some(stream) => *stream = started,
-                        None => peer.streams.push(started),
-                    }
-                    return Ok(());
-                }
-                Err(error) => failed = Some(error),
-            }
-        }
-        failed.map_or(Ok(()), Err)
+        peer.dial(&self.watch, self.own, stream, nth, Instant::now() + self.open)
     }
 
     /// A stream is over: another address is left to be tried, or the peer is lost.
     fn failed(&mut self, token: u64, error: Error) {
-        let (number, stream) = (token >> STREAM_BITS, (token & ((1 << STREAM_BITS) - 1)) as usize);
+        let (number, stream) = peer_and_stream(token);
         let Some(peer) = self.peers.get(&number) else { return };
-        let next = match peer.streams.get(stream) {
-            Some(Stream { phase: Phase::Opening { connected: false, .. }, address, .. }) => {
-                peer.addresses.iter().position(|other| other == address).map(|at| at + 1)
-            }
-            _ => None,
-        };
-        let error = match next.filter(|&next| next < peer.addresses.len()) {
+        let next = peer.next_address(stream);
+        let error = match next {
             Some(next) => match self.dial(number, stream, next) {
                 Ok(()) => return,
                 Err(error) => error,
@@ -189,9 +129,9 @@ impl Tcp {
     }
 
     fn stream(&mut self, token: u64) -> Option<(&mut Stream, &mut Queue, Incarnation)> {
-        let peer = self.peers.get_mut(&(token >> STREAM_BITS))?;
-        let stream = peer.streams.get_mut((token & ((1 << STREAM_BITS) - 1)) as usize)?;
-        Some((stream, &mut peer.waiting, peer.name))
+        let (number, stream) = peer_and_stream(token);
+        let peer = self.peers.get_mut(&number)?;
+        Some((peer.streams.get_mut(stream)?, &mut peer.waiting, peer.name))
     }
 
     /// Something happened at a socket.
@@ -268,9 +208,9 @@ impl Tcp {
 
     /// Has the socket watched for what its stream wants.
     fn rewatch(&mut self, token: u64) -> Result<()> {
-        let Some(peer) = self.peers.get_mut(&(token >> STREAM_BITS)) else { return Ok(()) };
-        let at = (token & ((1 << STREAM_BITS) - 1)) as usize;
-        let Some(stream) = peer.streams.get_mut(at) else { return Ok(()) };
+        let (number, stream) = peer_and_stream(token);
+        let stream = self.peers.get_mut(&number).and_then(|peer| peer.streams.get_mut(stream));
+        let Some(stream) = stream else { return Ok(()) };
         let wants = stream.wants();
         if wants != stream.interest {
             self.watch.modify(stream.socket(), token, wants)?;
@@ -288,7 +228,7 @@ impl Tcp {
             for (at, stream) in (0..).zip(&peer.streams) {
                 match stream.phase {
                     Phase::Opening { until, .. } if until <= now => {
-                        late.push((number << STREAM_BITS | at, stream.address));
+                        late.push((token(*number, at), stream.address));
                     }
                     Phase::Opening { until, .. } => {
                         next = Some(next.map_or(until, |next| next.min(until)));
@@ -365,14 +305,7 @@ impl Transport for Tcp {
     }
 
     fn holds(&self, peer: Incarnation, segment: Option<SegmentId>) -> bool {
-        let Some(peer) = self.peer(peer) else { return false };
-        let mut queues = peer.streams.iter().map(|stream| &stream.queue).chain([&peer.waiting]);
-        match segment {
-            Some(segment) => {
-                peer.segments.contains_key(&segment) || queues.any(|queue| queue.names(segment))
-            }
-            None => !peer.segments.is_empty() || queues.any(|queue| !queue.posts.is_empty()),
-        }
+        self.peer(peer).is_some_and(|peer| peer.holds(segment))
     }
 
     fn post(&mut self, post: Post<'_>) -> Result<()> {
@@ -381,18 +314,15 @@ impl Transport for Tcp {
         if !room && self.posts > 0 {
             return Err(full(NAME, self.posts, self.writes));
         }
-        let unknown = |segment: Option<SegmentId>| match segment {
-            Some(segment) => ErrorKind::NotFound
-                .error(format!("segment {segment} of peer {name} is not attached")),
-            None => ErrorKind::NotFound.error(format!("peer {name} is not attached")),
-        };
-        let number = *self.numbers.get(&name).ok_or_else(|| unknown(None))?;
-        let peer = self.peers.get_mut(&number).ok_or_else(|| unknown(None))?;
+        let unknown = || ErrorKind::NotFound.error(format!("peer {name} is not attached"));
+        let number = *self.numbers.get(&name).ok_or_else(unknown)?;
+        let peer = self.peers.get_mut(&number).ok_or_else(unknown)?;
         if let Some(why) = &peer.lost {
             return Err(why.clone());
         }
         let before = peer.waiting.writes.len();
-        let checked = queue(&self.regions, &peer.segments, writes, &mut peer.waiting)
+        let checked = peer
+            .queue(&self.regions, writes)
             .and_then(|bytes| self.overlap.refuse(writes).map(|()| bytes));
         let bytes = match checked {
             Ok(bytes) => bytes,
@@ -413,7 +343,7 @@ impl Transport for Tcp {
         let idle = (0..).zip(&mut peer.streams).filter(|(_, stream)| stream.is_idle());
         if let Some((at, stream)) = idle.min_by_key(|(_, stream)| stream.load) {
             stream.state = Turn::More;
-            self.ready.push_back(number << STREAM_BITS | at);
+            self.ready.push_back(token(number, at));
         }
         Ok(())
     }
@@ -448,45 +378,6 @@ impl Transport for Tcp {
     fn event_fd(&self) -> Option<BorrowedFd<'_>> {
         Some(self.watch.fd())
     }
-}
-
-/// Checks each write and appends it. How many bytes they are; on an error some may be there.
-fn queue(
-    regions: &Regions,
-    segments: &HashMap<SegmentId, Segment>,
-    writes: &[kvxfer_core::transport::Write],
-    queue: &mut Queue,
-) -> Result<u64> {
-    let mut bytes = 0;
-    let mut last: Option<(SegmentId, Segment)> = None;
-    for write in writes {
-        let segment = match last {
-            Some((id, segment)) if id == write.segment => segment,
-            _ => *segments.get(&write.segment).ok_or_else(|| {
-                ErrorKind::NotFound.error(format!("segment {} is not attached", write.segment))
-            })?,
-        };
-        last = Some((write.segment, segment));
-        regions.at(write.region, write.src, write.len)?;
-        if !inside(segment.bytes, write.dst, write.len) {
-            return Err(ErrorKind::OutOfBounds.error(format!(
-                "{} bytes from {} leave a segment of {} bytes",
-                write.len, write.dst, segment.bytes
-            )));
-        }
-        if write.len > 0 {
-            queue.writes.push_back(Piece {
-                region: write.region,
-                src: write.src,
-                segment: write.segment,
-                generation: segment.generation,
-                dst: write.dst,
-                len: write.len,
-            });
-            bytes += write.len;
-        }
-    }
-    Ok(bytes)
 }
 
 fn let_go(post: PostId, peer: Incarnation) -> Error {
