@@ -51,6 +51,8 @@ mod sender;
 mod socket;
 mod stream;
 mod target;
+#[cfg(test)]
+mod tests;
 mod watch;
 
 use std::time::Duration;

@@ -69,8 +69,8 @@ impl Peer {
     ) -> Result<()> {
         let opening = Opening { stream: stream as u32, token: self.secrets[stream], writer };
         let mut failed = None;
-        for address in &self.addresses[nth..] {
-            match Stream::start(*address, opening, until) {
+        for (nth, address) in self.addresses.iter().enumerate().skip(nth) {
+            match Stream::start(nth, *address, opening, until) {
                 Ok(started) => {
                     let token = token(self.number, stream as u64);
                     watch.add(started.socket(), token, started.interest)?;
@@ -89,11 +89,9 @@ impl Peer {
     /// The address that is left to be tried when a stream fails.
     pub(super) fn next_address(&self, stream: usize) -> Option<usize> {
         let stream = self.streams.get(stream)?;
-        if !matches!(stream.phase, Phase::Opening { connected: false, .. }) {
-            return None;
-        }
-        let at = self.addresses.iter().position(|address| *address == stream.address)?;
-        (at + 1 < self.addresses.len()).then_some(at + 1)
+        let next = stream.nth + 1;
+        let connecting = matches!(stream.phase, Phase::Opening { connected: false, .. });
+        (connecting && next < self.addresses.len()).then_some(next)
     }
 
     /// Ends its connections; the posts that end with them.

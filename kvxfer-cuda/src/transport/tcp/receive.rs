@@ -20,7 +20,7 @@ const TURN: u64 = 512 << 10;
 /// What a frame costs of the budget at least.
 const FRAME_COST: u64 = 512;
 /// Bytes of acknowledgements that a writer may leave unread before nothing more of its is read.
-const UNREAD: usize = 64 << 10;
+pub(super) const UNREAD: usize = 64 << 10;
 
 /// The segments that were exported.
 #[derive(Debug, Default)]
@@ -109,6 +109,11 @@ impl Receive {
 
     pub(super) fn socket(&self) -> &OwnedFd {
         &self.socket
+    }
+
+    #[cfg(test)]
+    pub(super) fn unread(&self) -> usize {
+        self.acks.len()
     }
 
     /// What the socket is to be watched for now.

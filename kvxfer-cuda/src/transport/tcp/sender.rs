@@ -38,7 +38,7 @@ pub struct Tcp {
     lost: Vec<(Incarnation, Error)>,
     overlap: Overlap,
     /// How long a connection may take.
-    open: Duration,
+    pub(super) open: Duration,
 }
 
 impl Tcp {
@@ -63,6 +63,11 @@ impl Tcp {
             overlap: Overlap::default(),
             open: OPEN,
         })
+    }
+
+    #[cfg(test)]
+    pub(super) fn streams(&self) -> impl Iterator<Item = &Stream> {
+        self.peers.values().flat_map(|peer| &peer.streams)
     }
 
     fn peer(&self, name: Incarnation) -> Option<&Peer> {

@@ -47,6 +47,8 @@ pub(super) enum Turn {
 
 pub(super) struct Stream {
     socket: OwnedFd,
+    /// To which of the peer's addresses it goes.
+    pub(super) nth: usize,
     pub(super) address: SocketAddr,
     opening: Opening,
     pub(super) phase: Phase,
@@ -83,10 +85,16 @@ struct Summed {
 
 impl Stream {
     /// Starts to connect.
-    pub(super) fn start(address: SocketAddr, opening: Opening, until: Instant) -> Result<Self> {
+    pub(super) fn start(
+        nth: usize,
+        address: SocketAddr,
+        opening: Opening,
+        until: Instant,
+    ) -> Result<Self> {
         let socket = socket::connect(&address).map_err(|errno| unreachable(&address, errno))?;
         Ok(Self {
             socket,
+            nth,
             address,
             opening,
             phase: Phase::Opening { connected: false, until },

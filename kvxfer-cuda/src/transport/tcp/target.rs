@@ -25,7 +25,7 @@ use crate::transport::target::{Leave, Target};
 const LISTENER: u64 = ALARM - 1;
 /// The most connections that have not shown a token. One more closes the one that has been at it for longest: who means
 /// it is through at once.
-const STRANGERS: usize = 256;
+pub(super) const STRANGERS: usize = 256;
 /// Connections accepted in one poll.
 const ACCEPTS: usize = 64;
 /// How long accepting rests when descriptors have run out.
@@ -46,9 +46,9 @@ pub struct TcpTarget {
     addresses: HashMap<Incarnation, IpAddr>,
     writers: HashMap<Incarnation, Writer>,
     exports: Exports,
-    generation: u32,
+    pub(super) generation: u32,
     /// Connections by token: those that have not shown a secret, in the order in which they came, and the others.
-    strangers: BTreeMap<u64, Stranger>,
+    pub(super) strangers: BTreeMap<u64, Stranger>,
     connections: HashMap<u64, Receive>,
     last_token: u64,
     /// Connections that have something to read, as far as is known.
@@ -57,7 +57,7 @@ pub struct TcpTarget {
     paused: Option<Instant>,
     refused: u64,
     /// How long a stranger may take.
-    open: Duration,
+    pub(super) open: Duration,
 }
 
 struct Writer {
@@ -66,7 +66,7 @@ struct Writer {
     connections: Vec<u64>,
 }
 
-struct Stranger {
+pub(super) struct Stranger {
     socket: OwnedFd,
     said: [u8; Opening::BYTES],
     filled: usize,
@@ -118,6 +118,17 @@ impl TcpTarget {
     /// Connections that were closed because they had no business here.
     pub fn refused(&self) -> u64 {
         self.refused
+    }
+
+    #[cfg(test)]
+    pub(super) fn listener(&self) -> &OwnedFd {
+        &self.listener
+    }
+
+    /// Bytes of acknowledgements that writers have not read.
+    #[cfg(test)]
+    pub(super) fn unread(&self) -> usize {
+        self.connections.values().map(Receive::unread).sum()
     }
 
     fn reached_at(&self, writer: Incarnation) -> Result<SocketAddr> {
