@@ -65,13 +65,8 @@ pub fn receiver(mut socket: Words) -> Result<()> {
                 };
                 socket.send(&[answer])?;
             }
-            while ready[2] {
-                match plain.read(&mut buffer) {
-                    Ok(0) => return Ok(()),
-                    Ok(bytes) => received += bytes as u64,
-                    Err(error) if error.kind() == ErrorKind::WouldBlock => break,
-                    Err(error) => return Err(error.into()),
-                }
+            if ready[2] {
+                received += drain(&mut plain, &mut buffer)?;
                 if received == MOVED {
                     received = 0;
                     plain.write_all(&[1])?;
@@ -81,6 +76,19 @@ pub fn receiver(mut socket: Words) -> Result<()> {
         target.poll(BUDGET, &|_| Ok(()), &mut lost);
         if let Some((_, error)) = lost.pop() {
             return Err(error.into());
+        }
+    }
+}
+
+/// Reads what is there. How many bytes that was.
+fn drain(plain: &mut TcpStream, buffer: &mut [u8]) -> Result<u64> {
+    let mut received = 0;
+    loop {
+        match plain.read(buffer) {
+            Ok(0) => return Err("the parent is gone".into()),
+            Ok(bytes) => received += bytes as u64,
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(received),
+            Err(error) => return Err(error.into()),
         }
     }
 }
