@@ -148,7 +148,7 @@ fn tests(root: &Path, mode: Mode) -> Result<Outcomes> {
     // The table is about files of the tree.
     let suites = [
         suite("cuda", filters, [&suite::BODIES[..], &["contract::table::"]].concat())?,
-        suite("conformance", vec!["cuda_ipc::"], vec![])?,
+        suite("conformance", vec!["cuda_ipc"], vec![])?,
     ];
     let mut outcomes = Outcomes::new();
     for suite in suites {

@@ -53,7 +53,7 @@ fn suites(
     };
     Ok(vec![
         suite("cuda", named(tests, "cuda")?, vec![]),
-        suite("conformance", named(tests, "conformance")?, vec!["cuda_ipc::"]),
+        suite("conformance", named(tests, "conformance")?, vec!["cuda_ipc"]),
         suite("planted", named(planted, "cuda")?, vec!["::planted"]),
     ])
 }

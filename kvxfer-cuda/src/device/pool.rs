@@ -1,6 +1,5 @@
 //! The consumer's memory on a GPU.
 
-use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -8,33 +7,46 @@ use std::time::{Duration, Instant};
 use kvxfer_core::{Error, ErrorKind, Incarnation, Result, SegmentId};
 
 use super::Span;
-use crate::driver::{CudaError, Device, DevicePtr, Mapped};
+use crate::driver::{CudaError, Device, DevicePtr, Handle, Mapped, Sharing};
 use crate::memory::{Bytes, inside};
 
 /// How long a start waits for memory that importers of an earlier life of this agent still hold.
 const PATIENCE: Duration = Duration::from_secs(5);
 const RETRY: Duration = Duration::from_millis(50);
 
-/// N equal segments of one GPU's memory. Each is a physical allocation of its own with its own file
-/// descriptor, so that one peer is given one segment and can reach nothing else.
+/// N equal segments of one GPU's memory. Each is a physical allocation of its own with its own
+/// handle, so that one peer is given one segment and can reach nothing else.
+///
+/// What a writer imported exists as long as it has it, whatever is done here; but plain memory
+/// ([`Sharing::Legacy`]) must not be freed before. So there a segment's old memory is kept until its writer
+/// has let go, and what a writer may have open at the end is never freed by this process.
 ///
 /// # Drop
 /// Unmaps the segments. Whoever submitted copies from or to them has seen them end.
 #[derive(Debug)]
 pub struct DevicePool {
     device: Device,
+    sharing: Sharing,
     segments: Vec<Segment>,
     segment_bytes: u64,
-    /// Whose imports may keep which memory from being free, in bytes.
-    retired: Vec<(Incarnation, u64)>,
+    retired: Vec<Retired>,
 }
 
 #[derive(Debug)]
 struct Segment {
     mapped: Arc<Mapped>,
     generation: u64,
-    /// Who was given its memory.
-    writers: Vec<Incarnation>,
+    /// Who was given its memory. One at a time: whoever had it before has let go of it.
+    writer: Option<Incarnation>,
+}
+
+/// Memory that was replaced, and whose import may keep it from being free.
+#[derive(Debug)]
+struct Retired {
+    writer: Incarnation,
+    bytes: u64,
+    /// Held for its effect on drop: plain memory.
+    _plain: Option<Arc<Mapped>>,
 }
 
 /// Memory that is to take a segment's place, and what has to be copied to it first.
@@ -47,7 +59,8 @@ pub struct Fresh {
 }
 
 impl DevicePool {
-    /// Allocates `segments` segments of `segment_bytes` bytes, each rounded up to the GPU's granularity.
+    /// Allocates `segments` segments of `segment_bytes` bytes, each rounded up to the GPU's granularity, to be
+    /// shared as file descriptors.
     ///
     /// Blocks for up to 5 s where memory is short: a peer that imported from an earlier life of this
     /// process keeps its memory until it notices.
@@ -55,28 +68,38 @@ impl DevicePool {
     /// # Errors
     /// `Config` when either is 0 or the GPU can't share memory; `Device` when the memory can't be had.
     pub fn new(device: &Device, segments: u32, segment_bytes: u64) -> Result<Self> {
+        Self::new_as(device, Sharing::PosixFd, segments, segment_bytes)
+    }
+
+    /// The same, to be shared in another way.
+    ///
+    /// # Errors
+    /// As [`DevicePool::new`].
+    pub fn new_as(
+        device: &Device,
+        sharing: Sharing,
+        segments: u32,
+        segment_bytes: u64,
+    ) -> Result<Self> {
         let total = segment_bytes.saturating_mul(segments.into());
         if total == 0 {
             return Err(ErrorKind::Config
                 .error(format!("a pool of {segments} segments of {segment_bytes} bytes is empty"))
                 .fix("set buffer_size"));
         }
-        if !device.supports_posix_fd() {
-            return Err(ErrorKind::Config
-                .error(format!("{} can't share memory between processes", device.name()))
-                .fix("set kv_buffer_device to cpu"));
-        }
+        check_support(device, sharing)?;
         let start = Instant::now();
         let mut pool = Self {
             device: device.clone(),
+            sharing,
             segments: Vec::with_capacity(segments as usize),
             segment_bytes,
             retired: Vec::new(),
         };
         while pool.segments.len() < segments as usize {
-            match map(device, segment_bytes) {
+            match pool.allocate() {
                 Ok(mapped) => {
-                    pool.segments.push(Segment { mapped, generation: 0, writers: Vec::new() });
+                    pool.segments.push(Segment { mapped, generation: 0, writer: None });
                 }
                 Err(error) if error.is_out_of_memory() && start.elapsed() < PATIENCE => {
                     thread::sleep(RETRY);
@@ -87,7 +110,7 @@ impl DevicePool {
         // What was asked for need not be what is there: network cards go by what the driver says of
         // the mapping.
         let rdma = pool.segments.iter().all(|one| one.mapped.rdma_verified().unwrap_or(false));
-        tracing::info!(gpu = %device.uuid(), name = device.name(), segments, segment_bytes, rdma, "pool on a GPU");
+        tracing::info!(gpu = %device.uuid(), name = device.name(), %sharing, segments, segment_bytes, rdma, "pool on a GPU");
         Ok(pool)
     }
 
@@ -121,18 +144,16 @@ impl DevicePool {
         Ok(segment.mapped.ptr().offset(offset))
     }
 
-    /// A descriptor of a segment's memory, for the one peer that may write to it.
+    /// By what the one peer that may write to a segment imports its memory.
     ///
     /// # Errors
     /// `NotFound`: no such segment. `Device`: the driver refuses.
-    pub fn export(&mut self, id: SegmentId, writer: Incarnation) -> Result<OwnedFd> {
+    pub fn export(&mut self, id: SegmentId, writer: Incarnation) -> Result<Handle> {
         let count = self.segments.len();
         let segment = self.segments.get_mut(id.0 as usize).ok_or_else(|| no_segment(id, count))?;
-        let fd = segment.mapped.physical().export()?;
-        if !segment.writers.contains(&writer) {
-            segment.writers.push(writer);
-        }
-        Ok(fd)
+        let handle = segment.mapped.physical().share()?;
+        segment.writer = Some(writer);
+        Ok(handle)
     }
 
     /// Bytes of the allocation behind a segment, which an importer maps as a whole.
@@ -163,8 +184,7 @@ impl DevicePool {
             .map(|&(offset, len)| self.at(id, offset, len))
             .collect::<Result<Vec<_>>>()?;
         self.find(id)?;
-        let mapped = map(&self.device, self.segment_bytes)
-            .map_err(|error| self.too_little(self.segment_bytes, error))?;
+        let mapped = self.allocate().map_err(|error| self.too_little(self.segment_bytes, error))?;
         let spans = from.into_iter().zip(live).map(|(src, &(offset, len))| Span {
             src,
             dst: Some(mapped.ptr().offset(offset)),
@@ -187,24 +207,39 @@ impl DevicePool {
         let segment = self.segments.get_mut(id.0 as usize).ok_or_else(|| no_segment(id, count))?;
         let old = std::mem::replace(&mut segment.mapped, fresh.mapped);
         segment.generation += 1;
-        let bytes = old.bytes();
-        self.retired.extend(segment.writers.drain(..).map(|writer| (writer, bytes)));
+        if let Some(writer) = segment.writer.take() {
+            let plain = (self.sharing == Sharing::Legacy).then(|| Arc::clone(&old));
+            self.retired.push(Retired { writer, bytes: old.bytes(), _plain: plain });
+        }
         Ok(old)
     }
 
     /// A writer is dead, or has unmapped all that it was given before: what it kept is free.
     pub fn let_go(&mut self, writer: Incarnation) {
-        self.retired.retain(|&(holder, _)| holder != writer);
+        self.retired.retain(|retired| retired.writer != writer);
+        for segment in &mut self.segments {
+            segment.writer = segment.writer.filter(|&holder| holder != writer);
+        }
+    }
+
+    /// Whether memory that was replaced waits for that writer to let go.
+    pub fn waits_for(&self, writer: Incarnation) -> bool {
+        self.retired.iter().any(|retired| retired.writer == writer)
     }
 
     /// Bytes that were replaced and that their writers may still keep from being free.
     pub fn retired_bytes(&self) -> u64 {
-        self.retired.iter().map(|&(_, bytes)| bytes).sum()
+        self.retired.iter().map(|retired| retired.bytes).sum()
     }
 
     /// Keeps the memory for good: copies that can't be called back may use it.
     pub fn leak(&mut self) {
-        std::mem::forget(std::mem::take(&mut self.segments));
+        std::mem::forget((std::mem::take(&mut self.segments), std::mem::take(&mut self.retired)));
+    }
+
+    fn allocate(&self) -> std::result::Result<Arc<Mapped>, CudaError> {
+        let physical = self.device.allocate_as(self.sharing, self.segment_bytes)?;
+        self.device.map(Arc::new(physical)).map(Arc::new)
     }
 
     fn find(&self, id: SegmentId) -> Result<&Segment> {
@@ -213,7 +248,15 @@ impl DevicePool {
 
     fn too_little(&self, bytes: u64, error: CudaError) -> Error {
         if !error.is_out_of_memory() {
-            return error.into();
+            let error = Error::from(error);
+            return match self.sharing {
+                // The GPU could, and its host takes part in none.
+                Sharing::Fabric => error.fix(
+                    "start nvidia-imex and give the container its channel (/dev/nvidia-caps-imex-channels), or set \
+                     sharing to posix_fd",
+                ),
+                _ => error,
+            };
         }
         let held = match self.retired_bytes() {
             0 => String::new(),
@@ -231,9 +274,40 @@ impl DevicePool {
     }
 }
 
-fn map(device: &Device, bytes: u64) -> std::result::Result<Arc<Mapped>, CudaError> {
-    let physical = Arc::new(device.allocate(bytes)?);
-    device.map(physical).map(Arc::new)
+impl Drop for DevicePool {
+    fn drop(&mut self) {
+        if self.sharing == Sharing::Legacy {
+            let segments = self.segments.drain(..);
+            let held: Vec<_> = segments.filter(|segment| segment.writer.is_some()).collect();
+            if !held.is_empty() || !self.retired.is_empty() {
+                tracing::warn!(gpu = %self.device.uuid(), "writers may have the pool's memory open: it is theirs until this process ends");
+            }
+            std::mem::forget((held, std::mem::take(&mut self.retired)));
+        }
+    }
+}
+
+fn check_support(device: &Device, sharing: Sharing) -> Result<()> {
+    let (can, fix) = match sharing {
+        Sharing::PosixFd => {
+            (device.supports_posix_fd(), "set sharing to legacy, or kv_buffer_device to cpu")
+        }
+        Sharing::Fabric => (
+            device.supports_fabric(),
+            "set sharing to posix_fd; fabric needs GPUs of one NVLink domain",
+        ),
+        // Memory is freed when its writer has died, and under MPS a dead client's work may go on.
+        Sharing::Legacy => (
+            !device.is_mig() && !device.under_mps(),
+            "set sharing to posix_fd; legacy needs a whole GPU, and no MPS",
+        ),
+    };
+    if can {
+        return Ok(());
+    }
+    Err(ErrorKind::Config
+        .error(format!("{} can't share memory between processes as {sharing}", device.name()))
+        .fix(fix))
 }
 
 fn no_segment(id: SegmentId, count: usize) -> Error {

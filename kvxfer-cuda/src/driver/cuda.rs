@@ -362,6 +362,12 @@ unsafe impl Driver for Cuda {
         call!(self.table.ipc_close, ptr)
     }
 
+    unsafe fn allocation_bytes(&self, ptr: DevicePtr) -> Result<u64> {
+        let (mut start, mut bytes) = (null(), 0);
+        call!(self.table.address_range, &raw mut start, &raw mut bytes, ptr)?;
+        Ok((start.addr() + bytes as u64).saturating_sub(ptr.addr()))
+    }
+
     unsafe fn host_alloc(&self, bytes: usize) -> Result<*mut u8> {
         let mut ptr = ptr::null_mut();
         call!(self.table.host_alloc, &raw mut ptr, bytes, HOST_PORTABLE)?;

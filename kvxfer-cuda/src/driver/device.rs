@@ -175,7 +175,7 @@ impl Device {
     /// The same by any handle; what it is, is the other side's word.
     ///
     /// # Errors
-    /// As [`Device::import`]; a legacy handle of this very process is refused too.
+    /// As [`Device::import`]; a legacy handle of this very process, or of less memory than was said, is refused too.
     pub fn import_handle(&self, handle: &Handle, bytes: u64) -> Result<Physical> {
         Physical::import_handle(self, handle, bytes)
     }

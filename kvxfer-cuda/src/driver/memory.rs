@@ -1,5 +1,6 @@
 //! Memory of a device.
 
+use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 
@@ -8,15 +9,26 @@ use super::error::{CudaError, Result};
 use super::handles::{DevicePtr, HandleKind, RawMemory};
 
 /// How memory is shared with other processes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Sharing {
     /// As a file descriptor, over a Unix socket. What to use wherever it is there.
+    #[default]
     PosixFd,
-    /// As 64 bytes, between hosts of one fabric.
+    /// As 64 bytes, also between hosts of one fabric.
     Fabric,
-    /// As 64 bytes on one host, without virtual memory management: nobody can put fresh memory behind an
-    /// address, and only the device itself maps it.
+    /// As 64 bytes on one host, without virtual memory management: the owner **must not free it while another
+    /// process has it open**, and only the device itself maps it.
     Legacy,
+}
+
+impl fmt::Display for Sharing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::PosixFd => "posix_fd",
+            Self::Fabric => "fabric",
+            Self::Legacy => "legacy",
+        })
+    }
 }
 
 /// What another process imports memory by.
@@ -86,7 +98,7 @@ impl Physical {
                 let memory = unsafe { device.driver().fabric_import(*handle) }?;
                 Backing::Mappable(memory, HandleKind::Fabric)
             }
-            Handle::Legacy(handle) => Backing::Plain(Plain::open(device, *handle)?),
+            Handle::Legacy(handle) => Backing::Plain(Plain::open(device, *handle, bytes)?),
         };
         Ok(Self { device: device.clone(), backing, bytes, rdma: false })
     }
@@ -257,11 +269,18 @@ impl Plain {
         Ok(Self { device: device.clone(), ptr, opened: false })
     }
 
-    fn open(device: &Device, handle: [u8; 64]) -> Result<Self> {
+    fn open(device: &Device, handle: [u8; 64], bytes: u64) -> Result<Self> {
         let _bound = device.bound()?;
         // SAFETY: the context is current; the driver checks the handle.
         let ptr = unsafe { device.driver().ipc_open(handle) }?;
-        Ok(Self { device: device.clone(), ptr, opened: true })
+        let plain = Self { device: device.clone(), ptr, opened: true };
+        // Nothing is mapped here, where the driver would find that there is less than was said.
+        // SAFETY: it was just opened.
+        let there = unsafe { device.driver().allocation_bytes(ptr) }?;
+        if there < bytes {
+            return Err(CudaError::OutOfBounds { offset: 0, len: bytes, bytes: there });
+        }
+        Ok(plain)
     }
 }
 

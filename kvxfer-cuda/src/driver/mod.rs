@@ -128,6 +128,8 @@ pub unsafe trait Driver: Debug + Send + Sync {
     unsafe fn ipc_handle(&self, ptr: DevicePtr) -> Result<[u8; 64]>;
     unsafe fn ipc_open(&self, handle: [u8; 64]) -> Result<DevicePtr>;
     unsafe fn ipc_close(&self, ptr: DevicePtr) -> Result<()>;
+    /// From `ptr` to the end of the allocation that it lies in.
+    unsafe fn allocation_bytes(&self, ptr: DevicePtr) -> Result<u64>;
     unsafe fn host_alloc(&self, bytes: usize) -> Result<*mut u8>;
     unsafe fn host_free(&self, ptr: *mut u8) -> Result<()>;
 

@@ -87,6 +87,7 @@ table! {
         ipc_handle: cuIpcGetMemHandle(*mut sys::CUipcMemHandle, DevicePtr);
         ipc_open: cuIpcOpenMemHandle_v2(*mut DevicePtr, sys::CUipcMemHandle, c_uint);
         ipc_close: cuIpcCloseMemHandle(DevicePtr);
+        address_range: cuMemGetAddressRange_v2(*mut DevicePtr, *mut usize, DevicePtr);
         host_alloc: cuMemHostAlloc(*mut *mut c_void, usize, c_uint);
         host_free: cuMemFreeHost(*mut c_void);
         stream_create: cuStreamCreateWithPriority(*mut RawStream, c_uint, c_int);

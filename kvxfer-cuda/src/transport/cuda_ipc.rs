@@ -1,24 +1,27 @@
-//! Same host, GPU to GPU: segments are imported by file descriptor and written by this GPU's copies.
+//! GPU to GPU: segments are imported and written by this GPU's copies.
 //!
 //! A segment travels as the POSIX descriptor of a physical allocation (CUDA VMM), through the Unix
 //! socket. Nothing has to see the other process: no shared pid namespace, no ptrace. The bytes go over
-//! NVLink or PCIe peer-to-peer, as the driver routes them.
+//! NVLink or PCIe peer-to-peer, as the driver routes them. Two other kinds of handle travel in the blob:
+//! a fabric's, also to other hosts of one NVLink domain, and that of legacy IPC.
 //!
 //! Posts run on the copier's side stream, so they end in later polls, whatever the budget of a poll. Posts
 //! whose destinations overlap must not be under way at the same time.
 
+mod blob;
+
 use std::collections::HashMap;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use kvxfer_core::path::PathName;
-use kvxfer_core::sum::{self, word_key, words};
+use kvxfer_core::sum::{word_key, words};
 use kvxfer_core::transport::{Completion, Post, SegmentHandle, Transport};
 use kvxfer_core::{Error, ErrorKind, Incarnation, PostId, Result, SegmentId};
 
+use self::blob::Shared;
 use super::overlap::Overlap;
 use crate::device::{Copier, DevicePool, DeviceRegions, Done, Span};
-use crate::driver::{Device, Mapped, PeerLink, Uuid};
+use crate::driver::{Device, Handle, Mapped, PeerLink};
 use crate::memory::inside;
 use crate::planted::{Bug, planted};
 
@@ -141,7 +144,7 @@ impl Transport for CudaIpc {
         segment: SegmentId,
         handle: SegmentHandle,
     ) -> Result<()> {
-        let attached = open(&self.device, &handle)?;
+        let attached = open(&self.device, handle)?;
         self.lose(peer, Some(segment));
         self.segments.insert((peer, segment), attached);
         Ok(())
@@ -202,13 +205,6 @@ fn let_go(peer: Incarnation, id: PostId) -> Error {
     ErrorKind::PeerLost.error(format!("{NAME} let go of peer {peer} with post {id} under way"))
 }
 
-// What a handle says beside the descriptor, all numbers little-endian:
-// version, the GPU's UUID, the segment's generation, its bytes, those of the allocation, and the
-// checksum of all that. Versions start at 1.
-
-const VERSION: u8 = 1;
-const BLOB_BYTES: usize = 1 + 16 + 8 + 8 + 8 + 8;
-
 /// What the one writer of a segment needs.
 ///
 /// # Errors
@@ -218,65 +214,44 @@ pub fn export(
     segment: SegmentId,
     writer: Incarnation,
 ) -> Result<SegmentHandle> {
-    let bytes = pool.segment_bytes();
-    let mut blob = Vec::with_capacity(BLOB_BYTES);
-    blob.push(VERSION);
-    blob.extend(pool.device().uuid().0);
-    for number in [pool.generation(segment)?, bytes, pool.physical_bytes(segment)?] {
-        blob.extend(number.to_le_bytes());
-    }
-    blob.extend(check(&blob).to_le_bytes());
-    Ok(SegmentHandle { blob, bytes, fds: vec![pool.export(segment, writer)?] })
+    let by = pool.export(segment, writer)?;
+    let (uuid, bytes) = (pool.device().uuid(), pool.segment_bytes());
+    let (generation, physical) = (pool.generation(segment)?, pool.physical_bytes(segment)?);
+    Ok(Shared { uuid, generation, bytes, physical, by }.write())
 }
 
-fn check(blob: &[u8]) -> u64 {
-    let mut sum = sum::Sum::new(0);
-    sum.update(blob);
-    sum.finish()
-}
-
-/// The exporter's GPU, and the bytes of its allocation.
-fn read(handle: &SegmentHandle) -> Option<(Uuid, u64)> {
-    let (&VERSION, rest) = handle.blob.split_first()? else { return None };
-    let (uuid, rest) = rest.split_first_chunk::<16>()?;
-    let (numbers, []) = rest.as_chunks::<8>() else { return None };
-    let &[_, bytes, physical, sum] = numbers else { return None };
-    let summed = handle.blob.get(..BLOB_BYTES - 8)?;
-    let fits = u64::from_le_bytes(bytes) == handle.bytes
-        && handle.bytes <= u64::from_le_bytes(physical)
-        && u64::from_le_bytes(sum) == check(summed);
-    fits.then(|| (Uuid(*uuid), u64::from_le_bytes(physical)))
-}
-
-fn open(device: &Device, handle: &SegmentHandle) -> Result<Attached> {
-    let (uuid, physical) = read(handle).ok_or_else(|| {
-        ErrorKind::Protocol.error(format!(
-            "{} bytes do not describe a segment of {} bytes for {NAME}",
-            handle.blob.len(),
-            handle.bytes
-        ))
-    })?;
-    let [fd] = &handle.fds[..] else {
-        return Err(
-            ErrorKind::Protocol.error(format!("{} descriptors, one is needed", handle.fds.len()))
-        );
+fn open(device: &Device, handle: SegmentHandle) -> Result<Attached> {
+    let Shared { uuid, bytes, physical, by, .. } = Shared::read(handle)?;
+    let link = match (device.link_to(uuid)?, &by) {
+        // On another host, say. Whether the fabric reaches it, the import tells.
+        (PeerLink::None { .. }, Handle::Fabric(_)) => PeerLink::NvLink,
+        (PeerLink::None { why, fix }, _) => {
+            return Err(ErrorKind::NoPath
+                .error(format!("{} can't write to the peer's {uuid}: {why}", device.name()))
+                .fix(fix));
+        }
+        (link, _) => link,
     };
-    let link = device.link_to(uuid)?;
-    if let PeerLink::None { why, fix } = link {
-        return Err(ErrorKind::NoPath
-            .error(format!("{} can't write to the peer's {uuid}: {why}", device.name()))
-            .fix(fix));
-    }
+    let fix = match &by {
+        Handle::Fd(_) => {
+            "let both containers see both GPUs (--gpus all), and choose with CUDA_VISIBLE_DEVICES"
+        }
+        Handle::Fabric(_) => {
+            "have both hosts in one NVLink domain, with nvidia-imex running and its channel in both containers, or \
+             set sharing to posix_fd on one host"
+        }
+        Handle::Legacy(_) => {
+            "have the two in processes of their own, whose containers share PIDs and IPC (--pid=host --ipc=host), or \
+             set sharing to posix_fd"
+        }
+    };
     let mapped = device
-        .import(fd.as_fd(), physical)
+        .import_handle(&by, physical)
         .and_then(|physical| device.map(Arc::new(physical)))
         .map_err(|error| {
             ErrorKind::NoPath
                 .error(format!("the peer's segment on {uuid} can't be imported: {error}"))
-                .fix(
-                    "let both containers see both GPUs (--gpus all), and choose with \
-                     CUDA_VISIBLE_DEVICES",
-                )
+                .fix(fix)
         })?;
-    Ok(Attached { mapped: Arc::new(mapped), bytes: handle.bytes, link })
+    Ok(Attached { mapped: Arc::new(mapped), bytes, link })
 }

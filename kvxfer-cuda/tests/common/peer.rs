@@ -58,33 +58,30 @@ impl Wire {
     #[track_caller]
     pub fn receive<const N: usize>(&mut self) -> [u8; N] {
         let mut bytes = [0; N];
-        self.0.read_exact(&mut bytes).expect("the other process answers in time");
+        self.receive_into(&mut bytes);
         bytes
     }
 
-    /// A handle's blob, with its descriptor.
+    /// The same, into as many bytes as there are.
     #[track_caller]
-    pub fn receive_blob(&mut self) -> (Vec<u8>, OwnedFd) {
-        let mut bytes = [0; 64];
-        let (len, fd) = self.receive_with_fd(&mut bytes);
-        (bytes[..len].to_vec(), fd)
+    pub fn receive_fd_into(&mut self, bytes: &mut [u8]) -> OwnedFd {
+        let mut fds = Vec::new();
+        let len =
+            recv_with_fds(&self.0, bytes, &mut fds).expect("the other process answers in time");
+        assert_eq!((len, fds.len()), (bytes.len(), 1));
+        fds.remove(0)
     }
 
     #[track_caller]
     pub fn receive_fd<const N: usize>(&mut self) -> ([u8; N], OwnedFd) {
         let mut bytes = [0; N];
-        let (len, fd) = self.receive_with_fd(&mut bytes);
-        assert_eq!(len, N);
+        let fd = self.receive_fd_into(&mut bytes);
         (bytes, fd)
     }
 
     #[track_caller]
-    fn receive_with_fd(&mut self, bytes: &mut [u8]) -> (usize, OwnedFd) {
-        let mut fds = Vec::new();
-        let len =
-            recv_with_fds(&self.0, bytes, &mut fds).expect("the other process answers in time");
-        assert_eq!(fds.len(), 1);
-        (len, fds.remove(0))
+    pub fn receive_into(&mut self, bytes: &mut [u8]) {
+        self.0.read_exact(bytes).expect("the other process answers in time");
     }
 
     /// The next order; none when the other side has gone.

@@ -37,12 +37,21 @@ pub fn mirrored() -> Vec<Write> {
 }
 
 pub fn send(wire: &mut Wire, handle: &SegmentHandle) {
-    wire.send_fd(&handle.blob, handle.fds[0].as_fd());
+    wire.send(&[handle.fds.len() as u8, handle.blob.len() as u8]);
+    match &handle.fds[..] {
+        [] => wire.send(&handle.blob),
+        [fd, ..] => wire.send_fd(&handle.blob, fd.as_fd()),
+    }
 }
 
 pub fn receive(wire: &mut Wire) -> SegmentHandle {
-    let (blob, fd) = wire.receive_blob();
-    SegmentHandle { blob, bytes: BYTES, fds: vec![fd] }
+    let [fds, len] = wire.receive();
+    let (mut blob, mut descriptors) = (vec![0; len.into()], vec![]);
+    match fds {
+        0 => wire.receive_into(&mut blob),
+        _ => descriptors.push(wire.receive_fd_into(&mut blob)),
+    }
+    SegmentHandle { blob, bytes: BYTES, fds: descriptors }
 }
 
 // The child.

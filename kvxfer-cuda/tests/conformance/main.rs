@@ -6,6 +6,8 @@
 
 mod bench;
 mod clauses;
+#[path = "../common/mod.rs"]
+mod common;
 mod cuda;
 mod model;
 
@@ -52,6 +54,8 @@ conformance!(shm, super::bench::shm(), a_small_budget_moves_a_little_and_no_budg
 conformance!(fault, super::bench::faultless(), a_small_budget_moves_a_little_and_no_budget_nothing);
 conformance!(tcp, super::bench::tcp());
 // Only where there is a driver, or a stand-in for one.
-conformance!(cuda_ipc, super::cuda::cuda_ipc());
+conformance!(cuda_ipc, super::cuda::posix_fd());
+conformance!(cuda_ipc_fabric, super::cuda::fabric());
+conformance!(cuda_ipc_legacy, super::cuda::legacy());
 
 mod faults;

@@ -15,4 +15,5 @@ mod harness;
 mod objects;
 mod orders;
 mod pair;
+mod sharing;
 mod two_process;

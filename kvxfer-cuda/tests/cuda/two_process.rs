@@ -6,14 +6,14 @@ use std::time::Instant;
 use kvxfer_core::SegmentId;
 use kvxfer_core::transport::Transport;
 use kvxfer_cuda::device::{Copier, CopierConfig, DevicePool, DeviceRegions};
-use kvxfer_cuda::driver::{Buffer, Device, DevicePtr, Priority};
+use kvxfer_cuda::driver::{Buffer, Device, DevicePtr, Priority, Sharing};
 use kvxfer_cuda::transport::{CudaIpc, cuda_ipc};
 
 use crate::common::writer::{
     BYTES, HALF, ID, PEER, Writer, check_lower_half, content, mirrored, next_round, receive, send,
     start,
 };
-use crate::harness::{DEADLINE, Peer, child_device, device, drain, get, parent, put};
+use crate::harness::{DEADLINE, Peer, child_device, device, drain, get, parent, put, shares};
 
 const POISON: u8 = 0xEE;
 
@@ -92,12 +92,16 @@ fn check_lower(device: &Device, pool: &DevicePool, told: u64) {
 #[test]
 fn another_process_writes_blocks_and_tells_their_sum() {
     let device = device!();
-    let mut pool = DevicePool::new(&device, 2, BYTES).unwrap();
+    shares(&device).for_each(|sharing| another_process_writes(&device, sharing));
+}
+
+fn another_process_writes(device: &Device, sharing: Sharing) {
+    let mut pool = DevicePool::new_as(device, sharing, 2, BYTES).unwrap();
     let other = pool.at(SegmentId(1), 0, BYTES).unwrap();
-    fill(&device, other, POISON, BYTES);
+    fill(device, other, POISON, BYTES);
     let (peer, told) = writer("write", &mut pool);
-    check_lower(&device, &pool, told);
-    assert!(get(&device, other, BYTES as usize).iter().all(|&byte| byte == POISON));
+    check_lower(device, &pool, told);
+    assert!(get(device, other, BYTES as usize).iter().all(|&byte| byte == POISON));
     peer.succeeds();
 }
 
@@ -126,9 +130,14 @@ fn no_write_comes_after_the_writers_death() {
 
 #[test]
 fn fresh_memory_hides_what_a_living_writer_still_writes() {
-    let device = device!();
-    let mut copier = Copier::new(&device, config(), || ()).unwrap();
-    let mut pool = DevicePool::new(&device, 1, BYTES).unwrap();
+    let device = device!(counted);
+    shares(&device).for_each(|sharing| fresh_memory_hides(&device, sharing));
+}
+
+fn fresh_memory_hides(device: &Device, sharing: Sharing) {
+    let mut copier = Copier::new(device, config(), || ()).unwrap();
+    let mut pool = DevicePool::new_as(device, sharing, 1, BYTES).unwrap();
+    let free = device.memory().unwrap().0;
     let (mut peer, told) = writer("scribble", &mut pool);
     let first = next_round(&mut peer);
 
@@ -143,35 +152,38 @@ fn fresh_memory_hides_what_a_living_writer_still_writes() {
     done[0].result.as_ref().unwrap();
     let old = pool.swap(fresh).unwrap();
     assert_eq!((pool.generation(ID).unwrap(), pool.retired_bytes()), (1, old.bytes()));
-    fill(&device, at(&pool, HALF), POISON, HALF);
-    let before = get(&device, old.ptr().offset(HALF), HALF as usize);
+    fill(device, at(&pool, HALF), POISON, HALF);
+    let before = get(device, old.ptr().offset(HALF), HALF as usize);
 
     // It does keep writing, to where it always did.
     let start = Instant::now();
     let mut round = next_round(&mut peer);
-    while get(&device, old.ptr().offset(HALF), HALF as usize) == before {
+    while get(device, old.ptr().offset(HALF), HALF as usize) == before {
         assert!(start.elapsed() < DEADLINE, "the writer stopped: nothing was tested");
         round = next_round(&mut peer);
     }
     assert!(round > first);
-    let upper = get(&device, at(&pool, HALF), HALF as usize);
+    let upper = get(device, at(&pool, HALF), HALF as usize);
     assert!(upper.iter().all(|&byte| byte == POISON), "it reached the fresh memory");
-    check_lower(&device, &pool, told);
+    check_lower(device, &pool, told);
 
     // And the fresh memory can be given to the next writer meanwhile.
     let (heir, told) = writer("write", &mut pool);
-    check_lower(&device, &pool, told);
+    check_lower(device, &pool, told);
     heir.succeeds();
     next_round(&mut peer);
 
-    // The old memory is free when its writer is gone, and not before.
+    // The old memory is free when its writer is gone and we know it, and not before.
     drop(old);
-    let held = device.memory().unwrap().0;
-    drop(peer);
+    assert!(pool.waits_for(PEER));
+    peer.ends();
+    if sharing == Sharing::Legacy {
+        assert!(device.memory().unwrap().0 < free, "freed as long as it may be open");
+    }
     pool.let_go(PEER);
-    assert_eq!(pool.retired_bytes(), 0);
+    assert_eq!((pool.retired_bytes(), pool.waits_for(PEER)), (0, false));
     let start = Instant::now();
-    while device.memory().unwrap().0 <= held {
+    while device.memory().unwrap().0 < free {
         assert!(start.elapsed() < DEADLINE, "the old memory stays taken");
         std::thread::yield_now();
     }

@@ -5,7 +5,9 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Instant;
 
-use kvxfer_cuda::driver::{Device, DevicePtr, Handle, Mapped, Priority, Sharing, Uuid, cuda};
+use kvxfer_cuda::driver::{
+    CudaError, Device, DevicePtr, Handle, Mapped, Priority, Sharing, Uuid, cuda,
+};
 use rustix::fs::{MemfdFlags, memfd_create};
 
 use super::MUCH;
@@ -50,7 +52,8 @@ pub(super) const CLAUSES: &[super::Clause] = &[
     ),
     (
         "sharing::plain_memory_is_opened_elsewhere",
-        "Plain memory of a multiple of 2 MiB is opened by its IPC handle in another process, at its first byte.",
+        "Plain memory of a multiple of 2 MiB is opened by its IPC handle in another process, at its first byte, and \
+         `cuMemGetAddressRange` tells there how much it is.",
     ),
     (
         "sharing::memory_is_shared_over_a_fabric",
@@ -105,6 +108,10 @@ fn open(parent: &mut Wire) {
         [0] => Handle::Legacy(parent.receive()),
         _ => Handle::Fabric(parent.receive()),
     };
+    if matches!(handle, Handle::Legacy(_)) {
+        let error = device.import_handle(&handle, LEN + 1).unwrap_err();
+        assert_eq!(error, CudaError::OutOfBounds { offset: 0, len: LEN + 1, bytes: LEN });
+    }
     let mapped = device.map(Arc::new(device.import_handle(&handle, LEN).unwrap())).unwrap();
     obey(&device, mapped.ptr(), parent);
 }

@@ -13,7 +13,7 @@ use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::time::{Duration, Instant};
 
 use kvxfer_cuda::driver::{
-    self, CudaError, Device, DevicePtr, Driver, Event, Pinned, Priority, Stream,
+    self, CudaError, Device, DevicePtr, Driver, Event, Pinned, Priority, Sharing, Stream,
 };
 use rustix::fs::{FlockOperation, flock};
 
@@ -179,6 +179,20 @@ pub fn assert_nothing_lives() {
     if let Some(counts) = live() {
         assert!(counts.iter().all(|&count| count == 0), "something is left: {counts:?}");
     }
+}
+
+/// How this device's memory can be shared; the other ways are said to be skipped.
+pub fn shares(device: &Device) -> impl Iterator<Item = Sharing> {
+    let can = |sharing| match sharing {
+        Sharing::PosixFd => device.supports_posix_fd(),
+        // The device could, and its host may take part in none.
+        Sharing::Fabric => device.supports_fabric() && device.allocate_as(sharing, 1).is_ok(),
+        Sharing::Legacy => !device.is_mig() && !device.under_mps(),
+    };
+    let (can, not): (Vec<_>, _) =
+        [Sharing::PosixFd, Sharing::Fabric, Sharing::Legacy].into_iter().partition(|&way| can(way));
+    let _: Vec<()> = not.iter().map(|way| skip(&format!("no memory is shared as {way}"))).collect();
+    can.into_iter()
 }
 
 // Work and its end.
