@@ -111,7 +111,7 @@ pub struct Choice {
 pub struct Pair {
     /// The two are agents of one process.
     pub one_process: bool,
-    /// Descriptors can be passed to the producer, so it can be handed memory.
+    /// Descriptors, or names that are as good, can be passed to the producer, so it can be handed memory.
     pub hands_memory: std::result::Result<(), String>,
     /// The pool is on a GPU, and whether the producer's GPU reaches it; `None` where the pool is in host memory.
     pub gpus: Option<std::result::Result<(), String>>,

@@ -9,6 +9,7 @@ use kvxfer_core::path::{PathName, candidates};
 use kvxfer_core::{Error, ErrorKind, Result};
 
 use crate::control::Address;
+use crate::driver::Sharing;
 
 /// The most data connections from one producer.
 pub(crate) const MAX_STREAMS: u32 = 16;
@@ -63,6 +64,11 @@ pub struct AgentConfig {
     pub socket_dir: PathBuf,
     /// Where the KV is, on both sides of a link the same.
     pub memory: Memory,
+    /// Consumer: how a pool on a GPU is shared with producers; they follow. File descriptors, unless producers are on
+    /// other hosts of one NVLink domain (fabric: MNNVL, IMEX), or the driver or the container can't export memory as
+    /// descriptors (legacy). With legacy, memory that had to be replaced under a producer that lives stays allocated
+    /// until its process ends.
+    pub sharing: Sharing,
     /// Consumer: bytes of the pool.
     pub buffer_size: u64,
     /// Consumer: into how many segments the pool is cut. One producer writes to a segment at a time.
@@ -137,6 +143,7 @@ impl AgentConfig {
             peers: Vec::new(),
             socket_dir: default_socket_dir(),
             memory: Memory::Host,
+            sharing: Sharing::default(),
             buffer_size: 1 << 30,
             segments: 8,
             gc: GcConfig {
@@ -190,6 +197,13 @@ impl AgentConfig {
             if self.segment_pages() == 0 {
                 return Err(self.segments_too_small());
             }
+        }
+        if self.memory == Memory::Host && self.sharing != Sharing::default() {
+            return Err(config(format!(
+                "sharing is {}, which is for KV in GPU memory, and this is in host memory",
+                self.sharing
+            ))
+            .fix("unset sharing, or set kv_buffer_device to where the KV is"));
         }
         if self.tcp_streams == 0 || self.tcp_streams > MAX_STREAMS {
             return Err(config(format!("tcp_streams is {}", self.tcp_streams))
@@ -248,6 +262,22 @@ pub fn default_socket_dir() -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_way_to_share_gpu_memory_is_for_gpu_memory() {
+        let group = kvxfer_core::layout::Group { block_tokens: 16, block_bytes: vec![1 << 10] };
+        let layout = KvLayout::one_group("m", "bytes", 256, group);
+        let mut config = AgentConfig::new(Role::Consumer, layout);
+        for sharing in [Sharing::Fabric, Sharing::Legacy] {
+            config.sharing = sharing;
+            config.memory = Memory::Device(0);
+            config.validate().unwrap();
+            config.memory = Memory::Host;
+            let error = config.validate().unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::Config);
+            assert!(error.to_string().contains("unset sharing"), "{error}");
+        }
+    }
 
     #[test]
     fn a_pool_whose_segments_hold_no_page_names_both_keys_and_what_would_do() {

@@ -6,7 +6,7 @@ use std::time::Duration;
 use kvxfer_core::gc::{AfterRetrieve, GcConfig};
 use kvxfer_core::session::{LoadRequest, PushRange};
 use kvxfer_core::{ClaimId, ErrorKind, LoadId, OfferId, Result};
-use kvxfer_cuda::driver::EngineStream;
+use kvxfer_cuda::driver::{EngineStream, Sharing};
 use kvxfer_cuda::{Agent as CoreAgent, AgentConfig, KvLayer, Memory, Role, default_socket_dir};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
@@ -69,7 +69,7 @@ impl Agent {
         buffer_size=1 << 30, segments=8, gc=true, gc_policy="drop", high_watermark=0.9, low_watermark=0.7,
         unclaimed_ttl=60.0, load_timeout=30.0, hold_timeout=30.0, lease=10.0, allow_insecure=false,
         require_path=None, failover=false, data_port=0, tcp_streams=2, ucx_library=None, ucx_wheel=None,
-        ucx_devices=None, trust_ucx_peers=false, memory="host"))]
+        ucx_devices=None, trust_ucx_peers=false, memory="host", sharing="posix_fd"))]
     #[expect(clippy::too_many_arguments, reason = "keywords, each a documented setting")]
     fn new(
         py: Python<'_>,
@@ -99,6 +99,7 @@ impl Agent {
         ucx_devices: Option<String>,
         trust_ucx_peers: bool,
         memory: &str,
+        sharing: &str,
     ) -> PyResult<Self> {
         let role = match role {
             "producer" => Role::Producer,
@@ -116,11 +117,18 @@ impl Agent {
             (_, Some(Ok(ordinal))) => Memory::Device(ordinal),
             _ => return Err(bad("memory", memory, "host or cuda:N")),
         };
+        let sharing = match sharing {
+            "posix_fd" => Sharing::PosixFd,
+            "fabric" => Sharing::Fabric,
+            "legacy" => Sharing::Legacy,
+            other => return Err(bad("sharing", other, "posix_fd, fabric or legacy")),
+        };
         let defaults = AgentConfig::new(role, layout.0.clone());
         let lease = seconds("lease", lease)?;
         let config = AgentConfig {
             name,
             memory,
+            sharing,
             listen: listen.map(str::parse).transpose().map_err(raise)?,
             peers: peers.iter().map(|peer| peer.parse()).collect::<Result<_>>().map_err(raise)?,
             socket_dir: socket_dir.map_or_else(default_socket_dir, Into::into),

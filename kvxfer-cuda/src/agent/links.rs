@@ -260,7 +260,8 @@ impl Progress {
         let connected = |peer: Incarnation| self.links.values().any(|link| link.peer == peer);
         let fences = consuming.store.moves_now() || GPU_DEATH_FENCES;
         self.orphans.retain(|(peer, pidfd)| {
-            if connected(*peer) || !consuming.session.is_writer(*peer) {
+            let asked = consuming.session.is_writer(*peer) || consuming.store.waits_for(*peer);
+            if connected(*peer) || !asked {
                 return false;
             }
             let dead = has_ended(pidfd);

@@ -12,7 +12,7 @@ use kvxfer_core::{Error, ErrorKind, Incarnation, LinkId, Result, Time};
 
 use super::links::Kind;
 use super::progress::Progress;
-use crate::driver::{PeerLink, Uuid};
+use crate::driver::{PeerLink, Sharing, Uuid};
 use crate::transport::local::Local;
 
 /// How bytes get from a producer to a consumer, and why not in a better way.
@@ -110,9 +110,11 @@ impl Progress {
         let one_process = Local::reaches(peer);
         #[cfg(feature = "faults")]
         let one_process = one_process && self.config.boot_id.is_none();
+        // A fabric's memory is named rather than handed over, and the name is good on other hosts.
+        let handed = reach.can_pass_fds || self.config.sharing == Sharing::Fabric;
         let pair = Pair {
             one_process,
-            hands_memory: reach.can_pass_fds.then_some(()).ok_or_else(why_not),
+            hands_memory: handed.then_some(()).ok_or_else(why_not),
             gpus,
             kv_on_gpu: memory != Memory::Host,
         };

@@ -478,7 +478,9 @@ impl Pool {
         let bytes = pages * config.layout.page_bytes() + PROBE_BYTES;
         match device {
             None => HostPool::new(config.segments, bytes).map(Self::Host),
-            Some(device) => DevicePool::new(device, config.segments, bytes).map(Self::Device),
+            Some(device) => {
+                DevicePool::new_as(device, config.sharing, config.segments, bytes).map(Self::Device)
+            }
         }
     }
 }

@@ -170,10 +170,12 @@ class Agent:
         ucx_devices: str | None = None,
         trust_ucx_peers: bool = False,
         memory: str = "host",
+        sharing: str = "posix_fd",
     ) -> Self:
         """`role`: "producer", "consumer" or "both". `listen` and `peers`: "host:port" or
         "unix:/path". `gc_policy`: "drop" (after retrieve) or "keep". `memory`: where the
-        engine's KV is, and so the pool: "host", or "cuda:N". Times are seconds.
+        engine's KV is, and so the pool: "host", or "cuda:N". `sharing`: how a pool on a GPU is
+        shared, "posix_fd", "fabric" or "legacy". Times are seconds.
 
         With `memory` on a GPU, addresses are the GPU's, and `layer_ready`, `end_step` and `load`
         need the handle of the `stream` that the engine computes on (`torch.cuda.Stream`'s

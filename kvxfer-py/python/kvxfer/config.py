@@ -196,6 +196,15 @@ class Config:
         "nixlBufferDevice nixl_buffer_device LMCACHE_NIXL_BUFFER_DEVICE",
         "where the KV is",
     )
+    sharing: str = _key(
+        _choice("posix_fd", "fabric", "legacy"),
+        "posix_fd",
+        "Consumer, on a GPU: how producers reach the pool. posix_fd: on one host. fabric: also on "
+        "other hosts of one NVLink domain (MNNVL, with IMEX); between hosts it takes "
+        "`allow_insecure`. legacy: on one host whose driver or container cannot share memory as "
+        "file descriptors; memory that had to be replaced under a producer stays allocated until "
+        "that producer's process ends.",
+    )
     enable_gc: bool = _key(
         _flag,
         True,

@@ -179,6 +179,11 @@ impl Store {
         }
     }
 
+    /// Whether the end of that peer's process is still to be told.
+    pub(super) fn waits_for(&self, peer: Incarnation) -> bool {
+        matches!(self, Self::Device(store) if store.pool.waits_for(peer))
+    }
+
     /// That peer's process ended.
     pub(super) fn dead(&mut self, peer: Incarnation) {
         if let Self::Device(store) = self {

@@ -82,6 +82,7 @@ class WorkerHalf:
             peers=config.peers_of(port_offset),
             socket_dir=config.socket_dir,
             memory=self._memory,
+            sharing=config.sharing,
             buffer_size=buffer_size,
             segments=config.segments,
             gc=config.enable_gc,
