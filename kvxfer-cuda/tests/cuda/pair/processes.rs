@@ -4,11 +4,13 @@ use std::path::Path;
 
 use kvxfer_core::session::PushRange;
 use kvxfer_core::wire::message::Next;
-use kvxfer_cuda::Role;
+use kvxfer_cuda::driver::{Device, Sharing};
+use kvxfer_cuda::{AgentConfig, Role};
 
 use super::engine::{Engine, Folder, blocks, config, pair, prompt};
 use crate::harness::{
-    DEADLINE, Gate, Peer, assert_nothing_lives, child_device, device, on_standin, parent, skip,
+    DEADLINE, Gate, Peer, assert_nothing_lives, child_device, device, on_standin, parent, shares,
+    skip,
 };
 
 /// Agents in processes of their own, and all that they had given back.
@@ -76,8 +78,14 @@ fn prefill(decode: &Engine, folder: &Folder) -> Peer {
 #[test]
 fn kv_gets_from_one_process_to_the_other() {
     let device = device!();
+    shares(&device).for_each(|sharing| kv_gets_across(&device, sharing));
+}
+
+fn kv_gets_across(device: &Device, sharing: Sharing) {
     let folder = Folder::new();
-    let mut decode = Engine::start(&device, config(Role::Consumer, &folder.0));
+    // Producers follow.
+    let config = AgentConfig { sharing, ..config(Role::Consumer, &folder.0) };
+    let mut decode = Engine::start(device, config);
     let mut peer = prefill(&decode, &folder);
     for seed in 1..6 {
         let prompt = prompt(seed, 500);
@@ -120,6 +128,40 @@ fn a_producer_killed_in_the_middle_is_fenced_by_fresh_memory_and_a_new_one_serve
     assert_eq!(decode.load(claim, &text, &blocks(&text, 11)).result, Ok(()));
     assert!(decode.holds(&text, &blocks(&text, 11)));
     again.wire.say("end 0");
+}
+
+/// Plain memory is not freed under a producer that was cut off and lives, and is when that has died.
+#[test]
+fn memory_that_was_replaced_under_a_stopped_producer_is_free_when_it_is_dead() {
+    let device = device!(counted);
+    if !shares(&device).any(|sharing| sharing == Sharing::Legacy) {
+        return;
+    }
+    let folder = Folder::new();
+    let config = AgentConfig {
+        sharing: Sharing::Legacy,
+        buffer_size: 256 << 20,
+        ..config(Role::Consumer, &folder.0)
+    };
+    let mut decode = Engine::start(&device, config);
+    // To the half of a segment: the driver and the agents take something for themselves.
+    let free = || device.memory().unwrap().0 + (64 << 20);
+    let before = device.memory().unwrap().0;
+    let mut peer = prefill(&decode, &folder);
+    peer.wire.say("go 1");
+    let text = prompt(1, 500);
+    let claim = decode.claim(&text);
+    decode.until_claimed(claim, Next::Done);
+    assert_eq!(decode.load(claim, &text, &blocks(&text, 11)).result, Ok(()));
+    assert_eq!([peer.wire.hear(), peer.wire.hear()], ["computed", "pushed"]);
+    decode.until_empty();
+
+    let shown = device.memory().unwrap().0;
+    peer.stop();
+    // Fresh memory beside the old one.
+    decode.until(|_| (free() < shown).then_some(()));
+    peer.kill();
+    decode.until(|_| (free() > before).then_some(()));
 }
 
 /// A GPU that fails takes nobody down: loads and pushes end with errors, and agents close.
