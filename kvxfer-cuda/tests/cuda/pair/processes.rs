@@ -6,6 +6,7 @@ use kvxfer_core::session::PushRange;
 use kvxfer_core::wire::message::Next;
 use kvxfer_cuda::driver::{Device, Sharing};
 use kvxfer_cuda::{AgentConfig, Role};
+use rustix::process::Signal;
 
 use super::engine::{Engine, Folder, blocks, config, pair, prompt};
 use crate::harness::{
@@ -104,6 +105,33 @@ fn kv_gets_across(device: &Device, sharing: Sharing) {
     peer.succeeds();
 }
 
+/// A fabric's handles travel in the message, so the link need not be a Unix socket.
+#[test]
+fn a_fabric_is_told_of_over_tcp() {
+    let device = device!();
+    if !shares(&device).any(|sharing| sharing == Sharing::Fabric) {
+        return;
+    }
+    // Of a folder each: they don't find each other's Unix sockets.
+    let folders = [Folder::new(), Folder::new()];
+    let side = |role, folder: &Folder| {
+        let config = config(role, &folder.0);
+        AgentConfig { sharing: Sharing::Fabric, allow_insecure: true, ..config }
+    };
+    let mut decode = Engine::start(&device, side(Role::Consumer, &folders[0]));
+    let peers = vec![decode.tcp()];
+    let producer = AgentConfig { peers, ..side(Role::Producer, &folders[1]) };
+    let prefill = Engine::start(&device, producer);
+    assert!(prefill.agent.wait_connected(DEADLINE));
+    let text = prompt(1, 500);
+    let offer = prefill.offer(&text);
+    prefill.step(offer, &text, &blocks(&text, 7));
+    let claim = decode.claim(&text);
+    decode.until_claimed(claim, Next::Done);
+    assert_eq!(decode.load(claim, &text, &blocks(&text, 11)).result, Ok(()));
+    assert!(decode.holds(&text, &blocks(&text, 11)));
+}
+
 #[test]
 fn a_producer_killed_in_the_middle_is_fenced_by_fresh_memory_and_a_new_one_serves() {
     let device = device!();
@@ -157,7 +185,7 @@ fn memory_that_was_replaced_under_a_stopped_producer_is_free_when_it_is_dead() {
     decode.until_empty();
 
     let shown = device.memory().unwrap().0;
-    peer.stop();
+    peer.signal(Signal::STOP);
     // Fresh memory beside the old one.
     decode.until(|_| (free() < shown).then_some(()));
     peer.kill();
