@@ -13,7 +13,8 @@ use kvxfer_benches::report::target;
 use serde_json::{Value, json};
 
 /// The transports that have to be there; `fault` is the decorator of tests.
-const TRANSPORTS: [&str; 4] = ["local", "shm", "cuda_ipc", "tcp"];
+const TRANSPORTS: [&str; 6] =
+    ["local", "shm", "cuda_ipc", "cuda_ipc_fabric", "cuda_ipc_legacy", "tcp"];
 /// For all tests, on a busy machine.
 const LIMIT: Duration = Duration::from_secs(900);
 const USAGE: &str = "usage: conformance STANDIN   the folder with the stand-in's libcuda.so.1";

@@ -11,7 +11,7 @@ use kvxfer_cuda::driver::{Buffer, Device, Pinned, Priority, Sharing, Stream, cud
 use kvxfer_cuda::transport::{CudaIpc, cuda_ipc as ipc};
 
 use crate::bench::{BYTES, Bench, REGIONS, SEGMENTS, next_peer};
-use crate::common::{Peer, parent};
+use crate::common::{Peer, parent, skip};
 
 /// In this order: what copies is dropped before what it copies from and to.
 pub struct CudaBench<P> {
@@ -36,7 +36,7 @@ fn device() -> Option<Device> {
         Ok(driver) => driver,
         Err(error) if std::env::var_os("KVXFER_REQUIRE_CUDA").is_some() => panic!("{error}"),
         Err(error) => {
-            println!("skipped: {error}");
+            skip(&error.to_string());
             return None;
         }
     };
@@ -53,7 +53,7 @@ pub fn fabric() -> Option<impl Bench> {
     let device = device()?;
     // The device could, and its host may take part in none.
     if !device.supports_fabric() || device.allocate_as(Sharing::Fabric, 1).is_err() {
-        println!("skipped: no fabric");
+        skip("the device or its host has no fabric");
         return None;
     }
     let pools = Here::new(&device, Sharing::Fabric);
@@ -63,7 +63,7 @@ pub fn fabric() -> Option<impl Bench> {
 pub fn legacy() -> Option<impl Bench> {
     let device = device()?;
     if device.is_mig() || device.under_mps() {
-        println!("skipped: no legacy IPC");
+        skip("no legacy IPC on MIG and under MPS");
         return None;
     }
     let peer = Peer::start("cuda::child", CHILD);

@@ -17,7 +17,7 @@ use kvxfer_cuda::driver::{
 };
 use rustix::fs::{FlockOperation, flock};
 
-pub use crate::common::{DEADLINE, Peer, Wire, parent};
+pub use crate::common::{DEADLINE, Peer, Wire, parent, skip};
 
 /// Leave to use the devices, until it is dropped.
 pub struct Lease<T> {
@@ -47,13 +47,6 @@ pub fn driver() -> Option<Arc<dyn Driver>> {
         }
         Err(error) => panic!("{error}"),
     }
-}
-
-/// Says why a test does nothing.
-pub fn skip(why: &str) {
-    // Past the test harness, which shows the output of failed tests only.
-    let name = std::thread::current().name().unwrap_or_default().to_owned();
-    let _ = writeln!(io::stderr(), "skipped: {why} ({name})");
 }
 
 /// A folder for files: cargo's, or, where this binary was only copied to, the system's.
