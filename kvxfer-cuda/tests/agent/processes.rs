@@ -6,6 +6,7 @@
 use std::path::Path;
 use std::time::Duration;
 
+use kvxfer_core::path::PathName;
 use kvxfer_core::wire::message::Next;
 use kvxfer_cuda::{Address, Role};
 
@@ -64,7 +65,12 @@ fn child_prefill() {
 }
 
 fn decode(dir: &TempDir) -> Engine {
+    decode_by(dir, None)
+}
+
+fn decode_by(dir: &TempDir, path: Option<PathName>) -> Engine {
     let mut config = config(Role::Consumer, dir.path());
+    config.require_path = path;
     config.silence = Duration::from_secs(2);
     config.fence_timeout = Duration::from_secs(1);
     Engine::start(config)
@@ -137,4 +143,31 @@ fn a_stopped_producer_is_fenced_by_fresh_memory() {
     until_empty(&decode);
     assert!(decode.agent.stats().unwrap().consumer.replaced_segments > 0);
     prefill.0.signal(rustix::process::Signal::CONT);
+}
+
+/// Nothing has to be put behind the pages: what it still sends is not received any more.
+#[cfg(feature = "faults")]
+#[test]
+fn a_stopped_producer_that_sends_over_sockets_is_fenced_by_closing_them() {
+    let dir = TempDir::new();
+    let mut decode = decode_by(&dir, Some(PathName::Tcp));
+    let mut prefill = Prefill::start(dir.path(), &decode.tcp(), "hold-commit");
+    let text = prompt(5, 1000);
+    prefill.compute(5, 1000);
+    let claim = decode.claim(&text);
+    decode.until_claimed(claim, Next::Writing);
+    prefill.0.signal(rustix::process::Signal::STOP);
+    decode.until_claimed(claim, Next::Lost);
+    until_empty(&decode);
+    assert_eq!(decode.agent.stats().unwrap().consumer.replaced_segments, 0);
+
+    let mut other = Prefill::start(dir.path(), &decode.tcp(), "");
+    prefill.0.signal(rustix::process::Signal::CONT);
+    other.compute(6, 1000);
+    let text = prompt(6, 1000);
+    let claim = decode.claim(&text);
+    decode.until_claimed(claim, Next::Done);
+    let loaded = decode.load(claim, &text, &blocks(&text, 11));
+    assert_eq!((loaded.result, loaded.path.as_str()), (Ok(()), "tcp"));
+    assert!(decode.holds(&text, &blocks(&text, 11)));
 }
