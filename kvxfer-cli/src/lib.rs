@@ -3,7 +3,9 @@
 //! Each subcommand is a module with its arguments and a `run` that writes to what it is given and answers the exit
 //! code: 0, or 1 for what the subcommand is there to find, or 2 for a command line that can't be understood.
 
+pub mod bench;
 pub mod doctor;
+mod values;
 
 use std::ffi::OsString;
 use std::io::{self, IsTerminal, Write};
@@ -23,6 +25,7 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Command {
+    Bench(bench::Args),
     Doctor(doctor::Args),
 }
 
@@ -70,6 +73,7 @@ where
         }
     };
     match cli.command {
+        Command::Bench(args) => bench::run(&args, output),
         Command::Doctor(args) => doctor::run(&args, output),
     }
 }

@@ -29,6 +29,7 @@ use kvxfer_cuda::default_socket_dir;
 use serde::Serialize;
 
 use crate::Output;
+use crate::values::{seconds, size};
 
 pub use finding::{Area, Finding, State};
 pub use gpu::{Gpu, Link, LinkKind, Survey};
@@ -193,20 +194,4 @@ pub fn say(report: &Report, args: &Args, output: &mut Output<'_>) -> i32 {
         output.out.write_all(table::render(report, output.colour).as_bytes())
     };
     i32::from(!report.ok)
-}
-
-/// "512MiB", "1GiB", or a number of bytes.
-fn size(text: &str) -> Result<u64, String> {
-    let units = [("KiB", 10), ("MiB", 20), ("GiB", 30), ("TiB", 40)];
-    let found = units.iter().find_map(|(unit, shift)| Some((text.strip_suffix(unit)?, *shift)));
-    let (number, shift) = found.unwrap_or((text, 0));
-    let bytes = number.trim().parse::<u64>().ok().and_then(|number| number.checked_mul(1 << shift));
-    bytes.ok_or_else(|| "write a number of bytes, or one of KiB, MiB, GiB, TiB, as in 1GiB".into())
-}
-
-fn seconds(text: &str) -> Result<Duration, String> {
-    let seconds = text.parse::<f64>().ok().filter(|seconds| (0.001..=3600.0).contains(seconds));
-    seconds
-        .map(Duration::from_secs_f64)
-        .ok_or_else(|| "write seconds from 0.001 to 3600".to_owned())
 }
