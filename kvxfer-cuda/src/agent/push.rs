@@ -117,6 +117,7 @@ pub(super) struct Pushes {
     next_probe: u64,
     retiring: Vec<Retiring>,
     writes: Vec<Write>,
+    /// Layers that were written before the probes of their peer had ended.
     completions: Vec<Completion>,
     pub(super) bytes: u64,
     pub(super) posts: u64,
@@ -266,6 +267,7 @@ impl Pushes {
     pub(super) fn is_idle(&self) -> bool {
         self.waiting.is_empty()
             && self.retiring.is_empty()
+            && self.completions.is_empty()
             && self.ways.iter().all(|way| way.get().pending() == 0)
     }
 
@@ -274,6 +276,7 @@ impl Pushes {
         let pending = |way: &Way| way.get().pending() > 0;
         let waits = !self.waiting.is_empty() || !self.retiring.is_empty();
         (waits && !self.ways.iter().any(pending))
+            || self.completions.iter().any(|layer| !self.is_early(layer))
             || self.ways.iter_mut().any(|way| !way.get_mut().rests())
     }
 
@@ -316,8 +319,11 @@ impl Pushes {
                 }
             }
         }
-        for Completion { id, result, .. } in completions.drain(..) {
+        for Completion { id, result, .. } in completions.extract_if(.., |end| is_probe(end.id)) {
             self.ended(id, result, producer, news);
+        }
+        for Completion { id, result, .. } in completions.extract_if(.., |end| !self.is_early(end)) {
+            producer.posted(id, result);
         }
         self.completions = completions;
         let (ways, paths) = (&self.ways, &self.paths);
@@ -331,6 +337,11 @@ impl Pushes {
         });
     }
 
+    /// Nothing is committed before the consumer was told of its probes, which may take another connection, and longer.
+    fn is_early(&self, layer: &Completion) -> bool {
+        layer.result.is_ok() && self.probes.values().any(|probe| probe.peer == layer.peer)
+    }
+
     fn ended(
         &mut self,
         id: PostId,
@@ -338,7 +349,7 @@ impl Pushes {
         producer: &mut Producer,
         news: &mut Vec<News>,
     ) {
-        if id.0 & PROBES == 0 {
+        if !is_probe(id) {
             return producer.posted(id, result);
         }
         let Some(&Probe { link, segment, number: probe, posted, .. }) = self.probes.get(&id) else {
@@ -389,13 +400,17 @@ impl Pushes {
         if alone && let Some(probe) = self.probes.get_mut(&id) {
             probe.posted = Some(Instant::now());
         }
-        if id.0 & PROBES == 0 {
+        if !is_probe(id) {
             self.bytes += self.writes.iter().map(|write| write.len).sum::<u64>();
             self.posts += 1;
             self.runs += self.writes.len() as u64;
         }
         Ok(())
     }
+}
+
+fn is_probe(id: PostId) -> bool {
+    id.0 & PROBES != 0
 }
 
 fn gone(peer: Incarnation) -> Error {
