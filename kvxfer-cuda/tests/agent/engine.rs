@@ -27,6 +27,16 @@ pub(crate) fn layout() -> KvLayout {
     }
 }
 
+pub(crate) fn prompt(seed: u32, tokens: u32) -> Vec<u32> {
+    (0..tokens).map(|at| at.wrapping_mul(2_654_435_761) ^ seed).collect()
+}
+
+/// Scattered, so that runs of one block are the rule.
+pub(crate) fn blocks(tokens: &[u32], stride: u32) -> Vec<BlockId> {
+    let count = (tokens.len() as u32).div_ceil(BLOCK_TOKENS);
+    (0..count).map(|at| (at * stride + 3) % BLOCKS).collect()
+}
+
 pub(crate) struct Engine {
     pub(crate) agent: Agent,
     pub(crate) observer: ObserverHandle,
@@ -101,6 +111,17 @@ impl Engine {
     }
 
     pub(crate) fn push(&mut self, offer: OfferId, tokens: &[u32], blocks: &[BlockId]) {
+        self.push_meanwhile(offer, tokens, blocks, |_, _| {});
+    }
+
+    /// The same, with something between each layer and the next.
+    pub(crate) fn push_meanwhile(
+        &mut self,
+        offer: OfferId,
+        tokens: &[u32],
+        blocks: &[BlockId],
+        mut meanwhile: impl FnMut(&Self, usize),
+    ) {
         let range = PushRange::new(self.agent.layout(), offer, 0, &[blocks]).unwrap();
         self.agent.begin_step(vec![range]).unwrap();
         for layer in 0..LAYERS {
@@ -110,6 +131,7 @@ impl Engine {
                 }
             }
             self.agent.layer_ready(layer as u32).unwrap();
+            meanwhile(self, layer);
         }
         self.agent.end_step().unwrap();
     }

@@ -9,57 +9,20 @@ mod processes;
 mod refusals;
 #[cfg(feature = "faults")]
 mod table;
+mod tempdir;
 
 use std::time::Duration;
 
-use engine::{BLOCK_TOKENS, CHUNK_TOKENS, Engine, PATIENCE, config};
+use engine::{CHUNK_TOKENS, Engine, PATIENCE, blocks, config, prompt};
 use kvxfer_core::session::LoadRequest;
 use kvxfer_core::wire::message::Next;
-use kvxfer_core::{BlockId, ErrorKind, LoadId};
+use kvxfer_core::{ErrorKind, LoadId};
 use kvxfer_cuda::Role;
-
-fn prompt(seed: u32, tokens: u32) -> Vec<u32> {
-    (0..tokens).map(|at| at.wrapping_mul(2_654_435_761) ^ seed).collect()
-}
-
-/// Scattered, so that runs of one block are the rule.
-fn blocks(tokens: &[u32], stride: u32) -> Vec<BlockId> {
-    let count = (tokens.len() as u32).div_ceil(BLOCK_TOKENS);
-    (0..count).map(|at| (at * stride + 3) % engine::BLOCKS).collect()
-}
 
 struct Pair {
     prefill: Engine,
     decode: Engine,
     _dir: tempdir::TempDir,
-}
-
-mod tempdir {
-    use std::path::{Path, PathBuf};
-    use std::sync::atomic::{AtomicU32, Ordering};
-
-    static NEXT: AtomicU32 = AtomicU32::new(0);
-
-    /// A folder of this test's own.
-    pub(crate) struct TempDir(PathBuf);
-
-    impl TempDir {
-        pub(crate) fn new() -> Self {
-            let number = NEXT.fetch_add(1, Ordering::Relaxed);
-            let name = format!("kvxfer-agent-test-{}-{number}", std::process::id());
-            Self(std::env::temp_dir().join(name))
-        }
-
-        pub(crate) fn path(&self) -> &Path {
-            &self.0
-        }
-    }
-
-    impl Drop for TempDir {
-        fn drop(&mut self) {
-            let _ = std::fs::remove_dir_all(&self.0);
-        }
-    }
 }
 
 fn pair(change: impl Fn(&mut kvxfer_cuda::AgentConfig)) -> Pair {

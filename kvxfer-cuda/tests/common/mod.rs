@@ -1,7 +1,14 @@
-//! What more than one test binary needs: other processes, and writers in them.
+//! What more than one test binary needs: other processes, writers in them, other hosts.
 
-#![allow(dead_code, unreachable_pub, reason = "a test has no users, and none needs all of it")]
+#![allow(
+    dead_code,
+    unreachable_pub,
+    unused_imports,
+    reason = "a test has no users, and none needs all of it"
+)]
 
+pub mod network;
+pub mod noise;
 mod peer;
 pub mod writer;
 

@@ -13,6 +13,8 @@ use kvxfer_cuda::transport::fault::{Fault, Faults};
 use kvxfer_cuda::transport::local::LocalExports;
 use kvxfer_cuda::transport::{Local, Shm, Target, Tcp, TcpTarget, shm};
 
+use crate::common::network::{A, B, Inside, Network};
+
 pub const REGIONS: u32 = 2;
 pub const SEGMENTS: u32 = 2;
 /// The leave by which all is written.
@@ -148,6 +150,8 @@ pub struct HostBench<T, E> {
     /// Reached through pointers only: the transport reads it.
     regions: Arc<Regions>,
     _memory: Vec<HostPool>,
+    /// Where the transport is, if that is another host.
+    _away: Option<(Inside, Network)>,
 }
 
 fn host<T: Transport, E: End>(
@@ -167,7 +171,7 @@ fn host<T: Transport, E: End>(
     }
     let regions = Arc::new(regions);
     let transport = transport(Arc::clone(&regions));
-    let mut bench = HostBench { transport, consumers, regions, _memory: vec![memory] };
+    let mut bench = HostBench { transport, consumers, regions, _memory: vec![memory], _away: None };
     for consumer in 0..2 {
         for segment in 0..SEGMENTS {
             bench.attach(consumer, SegmentId(segment));
@@ -181,6 +185,21 @@ pub fn tcp() -> Option<impl Bench> {
         |regions| Tcp::new(WRITER, regions).unwrap(),
         |peer| RefCell::new(TcpTarget::bind(peer, "127.0.0.1", 0, 3).unwrap()),
     ))
+}
+
+/// The producer on another host than the consumers.
+pub fn tcp_between_hosts() -> Option<impl Bench> {
+    let network = Network::new()?;
+    let away = network.enter(B);
+    let mut bench = host(
+        |regions| Tcp::new(WRITER, regions).unwrap(),
+        |peer| {
+            let bind = || TcpTarget::bind(peer, Network::HOSTS[A], 0, 3).unwrap();
+            RefCell::new(network.inside(A, bind))
+        },
+    );
+    bench._away = Some((away, network));
+    Some(bench)
 }
 
 pub fn local() -> Option<impl Bench> {

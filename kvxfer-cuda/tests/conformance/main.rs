@@ -53,6 +53,8 @@ conformance!(shm, super::bench::shm(), a_small_budget_moves_a_little_and_no_budg
 // The decorator does nothing when it is not told to.
 conformance!(fault, super::bench::faultless(), a_small_budget_moves_a_little_and_no_budget_nothing);
 conformance!(tcp, super::bench::tcp());
+// Only where network namespaces can be made.
+conformance!(tcp_between_hosts, super::bench::tcp_between_hosts());
 // Only where there is a driver, or a stand-in for one.
 conformance!(cuda_ipc, super::cuda::posix_fd());
 conformance!(cuda_ipc_fabric, super::cuda::fabric());
