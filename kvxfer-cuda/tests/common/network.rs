@@ -54,7 +54,12 @@ impl Network {
 
     fn hosts() -> Result<Self, String> {
         let host = || {
+            let before = File::open("/proc/thread-self/ns/net")?;
             // SAFETY: it takes no pointer.
+            succeeds(unsafe { libc::unshare(libc::CLONE_NEWNET) })?;
+            // Not every user who may leave may come back.
+            try_switch(&before)?;
+            // SAFETY: likewise.
             succeeds(unsafe { libc::unshare(libc::CLONE_NEWNET) })?;
             File::open("/proc/thread-self/ns/net")
         };
@@ -62,7 +67,7 @@ impl Network {
         let [a, b] = [(); 2].map(|()| std::thread::spawn(host).join().unwrap());
         let hosts = a.and_then(|a| Ok([a, b?])).map_err(|error| {
             format!(
-                "no network namespace can be made: {error}; as root it can, or under unshare -Ur"
+                "no network namespace can be made: {error}; as root it can, or under unshare -Urn"
             )
         })?;
         Ok(Self { hosts, noise: None })
@@ -131,8 +136,12 @@ impl Drop for Inside {
 }
 
 fn switch(to: &File) {
+    try_switch(to).unwrap();
+}
+
+fn try_switch(to: &File) -> io::Result<()> {
     // SAFETY: the descriptor is open.
-    succeeds(unsafe { libc::setns(to.as_raw_fd(), libc::CLONE_NEWNET) }).unwrap();
+    succeeds(unsafe { libc::setns(to.as_raw_fd(), libc::CLONE_NEWNET) })
 }
 
 pub(super) fn succeeds(result: i32) -> io::Result<()> {
