@@ -22,15 +22,29 @@ pub(super) struct Consuming {
 }
 
 impl Consuming {
-    /// What we are able to do.
-    pub(super) fn abilities(&self) -> Vec<Ability> {
+    /// What we are able to do with a producer that says this of itself.
+    pub(super) fn abilities(&self, theirs: &[Ability]) -> Vec<Ability> {
         let mapped: &[PathName] = match self.store {
             Store::Host(_) => &[PathName::Local, PathName::Shm],
             Store::Device(_) => &[PathName::CudaIpc],
         };
-        let ours = mapped.iter().copied().chain(self.targets.iter().map(|target| target.name()));
-        let ours = ours.map(|path| Ability::able(path, Vec::new()));
-        ours.chain(self.unable.iter().cloned()).collect()
+        let mapped = mapped.iter().map(|&path| Ability::able(path, Vec::new()));
+        let received = self.targets.iter().map(|target| {
+            let their = theirs.iter().find(|ability| ability.path == target.name().as_str());
+            match their
+                .and_then(|ability| ability.able.as_deref().ok())
+                .map(|of| target.accepts(of))
+            {
+                Some(Err(error)) => Ability::unable(target.name(), error.to_string()),
+                _ => Ability::able(target.name(), Vec::new()),
+            }
+        });
+        mapped.chain(received).chain(self.unable.iter().cloned()).collect()
+    }
+
+    /// Which of its ways the path from a producer takes; see [`Target::lanes`].
+    pub(super) fn lanes(&self, path: PathName, producer: Incarnation) -> Option<String> {
+        self.targets.iter().find(|target| target.name() == path)?.lanes(producer)
     }
 
     fn target(&mut self, path: PathName) -> Option<&mut (dyn Target + 'static)> {

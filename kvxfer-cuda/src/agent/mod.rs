@@ -17,6 +17,7 @@ mod progress;
 mod push;
 mod register;
 mod store;
+mod ways;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -97,6 +97,7 @@ impl Progress {
         peer: Incarnation,
         reach: &Reach,
         memory: Memory,
+        theirs: &[Ability],
     ) -> (Pair, Vec<Ability>) {
         let gpus = match (&self.device, memory) {
             (None, _) => None,
@@ -120,7 +121,7 @@ impl Progress {
         };
         self.failures.forget(now, self.config.refused_backoff);
         let mut ours = match &self.consuming {
-            Some(consuming) => consuming.abilities(),
+            Some(consuming) => consuming.abilities(theirs),
             None => Vec::new(),
         };
         self.retract(peer, &mut ours);
@@ -133,7 +134,7 @@ impl Progress {
         let (Kind::Producer(reach), peer) = (&mut link.kind, link.peer) else { return Ok(()) };
         let Some((memory, theirs)) = reach.said.take() else { return Ok(()) };
         let reach = Reach { why_not_unix: reach.why_not_unix.clone(), said: None, ..*reach };
-        let (pair, ours) = self.pair(now, peer, &reach, memory);
+        let (pair, ours) = self.pair(now, peer, &reach, memory, &theirs);
         let Choice { path, refused } = choose(&pair, &ours, &theirs, self.config.require_path)?;
         if let Some(consuming) = &mut self.consuming {
             consuming.welcome(path, peer, reach.local, &theirs)?;
@@ -163,7 +164,7 @@ impl Progress {
         let Some(link) = self.links.get_mut(&id) else { return Ok(()) };
         let (Kind::Examiner(reach), peer) = (&mut link.kind, link.peer) else { return Ok(()) };
         let reach = Reach { why_not_unix: reach.why_not_unix.clone(), said: None, ..*reach };
-        let (pair, ours) = self.pair(now, peer, &reach, memory);
+        let (pair, ours) = self.pair(now, peer, &reach, memory, theirs);
         let refusal = |path: &str, why: String| Refusal { path: path.into(), why: reason(why) };
         let message = match judge(&pair, &ours, theirs, self.config.require_path) {
             Ok(judged) => {
@@ -237,14 +238,28 @@ impl Progress {
         ErrorKind::PeerLost.error(what).retry()
     }
 
-    /// A probe that nothing disturbed took so long.
+    /// A probe that nothing disturbed took so long; 0: something did.
     pub(super) fn probed(&mut self, id: LinkId, nanos: u64) {
-        let path = self.links.get_mut(&id).and_then(|link| link.path.as_mut());
-        if let Some(path) = path.filter(|path| path.gbps.is_none() && nanos > 0) {
+        let Some(path) = self.links.get_mut(&id).and_then(|link| link.path.as_mut()) else {
+            return;
+        };
+        // Some ways are final only when something went over them.
+        if path.lanes.is_none() {
+            path.lanes = match path.to_peer {
+                true => self.pushes.as_ref().and_then(|pushes| pushes.lanes(path.peer)),
+                false => self.consuming.as_ref().and_then(|ours| ours.lanes(path.name, path.peer)),
+            };
+        }
+        if path.gbps.is_none() && nanos > 0 {
             let gbps = kvxfer_core::transport::PROBE_BYTES as f64 / nanos as f64;
             path.gbps = Some(gbps);
             let (peer, to) = (&path.peer_name, path.to_peer);
-            tracing::info!(peer, to, path = %path.name, "the first bytes moved at {gbps:.2} GB/s");
+            tracing::info!(
+                peer,
+                to,
+                path = path.label(),
+                "the first bytes moved at {gbps:.2} GB/s"
+            );
         }
     }
 }

@@ -12,7 +12,6 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::Receiver;
-use kvxfer_core::path::{Ability, PathName};
 use kvxfer_core::pool::Geometry;
 use kvxfer_core::session::{Consumer, ConsumerConfig, LoadRequest, Producer, ProducerConfig};
 use kvxfer_core::transport::PROBE_BYTES;
@@ -25,23 +24,19 @@ use super::gpu::ReadGate;
 use super::links::{Link, wrong_role};
 use super::loads::Loads;
 use super::paths::Failures;
-use super::push::{News, Pushes, Way};
-use super::register::{EngineMemory, Registered, pattern, register};
+use super::push::{News, Pushes};
+use super::register::{pattern, register};
 use super::store::{DeviceStore, Ended, HostStore, Store};
+use super::ways::{targets, ucx};
 use super::{AgentStats, Command, KvLayer, Shared, closed};
-use crate::config::{AgentConfig, Memory as KvMemory, Role};
+use crate::config::{AgentConfig, Role};
 use crate::control::{Address, Control, ControlConfig, Event, Limits, Throttle, Waker};
 use crate::device::{Copier, CopierConfig, DevicePool, Summed, upload};
 use crate::driver::{Buffer, Device, Event as DeviceEvent};
 use crate::identity;
 use crate::memory::HostPool;
 use crate::transport::local::LocalExports;
-use crate::transport::{CudaIpc, Local, Shm, Target, Tcp, TcpTarget};
-#[cfg(feature = "faults")]
-use crate::transport::{
-    Fault,
-    fault::{Act, Faults},
-};
+use crate::ucx::Context as UcxContext;
 
 /// Bytes moved between two looks at the sockets: about a millisecond's.
 const BUDGET: u64 = 4 << 20;
@@ -74,8 +69,10 @@ pub(super) struct Progress {
     /// Where the KV is, if not in host memory.
     pub(super) device: Option<Device>,
     /// Until [`Command::Register`]. What takes time on a GPU is done before this thread serves anybody.
-    copier: Option<Copier>,
+    pub(super) copier: Option<Copier>,
     pattern: Option<Buffer>,
+    /// UCX, or why it can't be had.
+    pub(super) ucx: Result<Arc<UcxContext>>,
     /// Heard by the next [`Progress::end`].
     pub(super) ended: Vec<Ended>,
     /// Told by the next [`Progress::tell`].
@@ -136,8 +133,10 @@ impl Progress {
             ..Limits::default()
         };
         let mut control = Control::new(control)?;
-        let consuming =
-            pool.map(|pool| consuming(incarnation, &config, pool, control.waker())).transpose()?;
+        let ucx = ucx(&config)?;
+        let waker = control.waker();
+        let consuming = pool.map(|pool| consuming(incarnation, &config, pool, waker, &ucx));
+        let consuming = consuming.transpose()?;
         for target in consuming.iter().flat_map(|consuming| &consuming.targets) {
             control.watch(target.event_fd())?;
         }
@@ -148,6 +147,7 @@ impl Progress {
         Ok(Self {
             copier,
             pattern,
+            ucx,
             control,
             local: LocalExports::new(incarnation),
             producer: producer.transpose()?,
@@ -354,10 +354,10 @@ impl Progress {
         }
         let (layout, pattern) = (&self.config.layout, &mut self.pattern);
         let registered = register(layout, &layers, self.incarnation, pattern)?;
-        let ways = self.ways(&registered)?;
+        let (ways, unable) = self.ways(&registered)?;
         let layout = &self.config.layout;
         self.loads = Some(Loads::new(layout.clone(), registered.clone()));
-        let pushes = self.pushes.insert(Pushes::new(layout.clone(), registered, ways));
+        let pushes = self.pushes.insert(Pushes::new(layout.clone(), registered, ways, unable));
         for fd in pushes.event_fds() {
             self.control.watch(fd)?;
         }
@@ -368,30 +368,6 @@ impl Progress {
             }
         }
         Ok(gate)
-    }
-
-    fn ways(&mut self, registered: &Registered) -> Result<Vec<Way>> {
-        let regions = match &registered.memory {
-            EngineMemory::Host(regions) => regions,
-            EngineMemory::Device(regions) => {
-                let gpu = self.device.clone().zip(self.copier.take());
-                let way = |(gpu, copier)| CudaIpc::new(gpu, Arc::clone(regions), copier);
-                return Ok(gpu.into_iter().map(|gpu| Way::Gpu(Box::new(way(gpu)))).collect());
-            }
-        };
-        let local = Local::new(Arc::clone(regions));
-        let shm = Shm::new(Arc::clone(regions));
-        #[cfg(feature = "faults")]
-        if self.config.fault == Some(crate::config::Fault::DropWrites) {
-            let faults = Faults::each(Act::Drop);
-            return Ok(vec![
-                Way::Host(Box::new(Fault::new(local, faults.clone()))),
-                Way::Host(Box::new(Fault::new(shm, faults))),
-                Way::Host(Box::new(Tcp::new(self.incarnation, Arc::clone(regions))?)),
-            ]);
-        }
-        let tcp = Tcp::new(self.incarnation, Arc::clone(regions))?;
-        Ok(vec![Way::Host(Box::new(local)), Way::Host(Box::new(shm)), Way::Host(Box::new(tcp))])
     }
 
     fn load(
@@ -490,7 +466,13 @@ fn copier(device: &Device, summed: Summed, waker: Waker) -> Result<Copier> {
     Copier::new(device, config, move || waker.wake())
 }
 
-fn consuming(us: Incarnation, config: &AgentConfig, pool: Pool, waker: Waker) -> Result<Consuming> {
+fn consuming(
+    us: Incarnation,
+    config: &AgentConfig,
+    pool: Pool,
+    waker: Waker,
+    ucx: &Result<Arc<UcxContext>>,
+) -> Result<Consuming> {
     let pages_per_segment = config.segment_pages();
     let page = config.layout.page_bytes();
     let store = match pool {
@@ -513,27 +495,6 @@ fn consuming(us: Incarnation, config: &AgentConfig, pool: Pool, waker: Waker) ->
         overtakes: 8,
         lost_ttl: config.gc.unclaimed_ttl,
     })?;
-    let (targets, unable) = targets(us, config)?;
+    let (targets, unable) = targets(us, config, ucx)?;
     Ok(Consuming { session, store, targets, unable })
-}
-
-/// What receives bytes, and the paths that can't be had.
-type Targets = (Vec<Box<dyn Target>>, Vec<Ability>);
-
-fn targets(us: Incarnation, config: &AgentConfig) -> Result<Targets> {
-    let mut targets: Vec<Box<dyn Target>> = Vec::new();
-    let mut unable = Vec::new();
-    let wanted = config.allow_insecure || config.require_path == Some(PathName::Tcp);
-    match (&config.listen, config.memory) {
-        (_, KvMemory::Device(_)) => {}
-        (Some(Address::Tcp { host, .. }), _) if wanted => {
-            let (port, streams) = (config.data_port, config.tcp_streams);
-            targets.push(Box::new(TcpTarget::bind(us, host, port, streams)?));
-        }
-        (Some(Address::Tcp { .. }), _) => {
-            unable.push(Ability::unable(PathName::Tcp, "allow_insecure is not set"));
-        }
-        _ => unable.push(Ability::unable(PathName::Tcp, "it listens on a Unix socket only")),
-    }
-    Ok((targets, unable))
 }

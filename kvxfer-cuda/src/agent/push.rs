@@ -109,6 +109,8 @@ pub(super) struct Pushes {
     layout: KvLayout,
     registered: Registered,
     ways: Vec<Way>,
+    /// Paths that we can't have, and why.
+    unable: Vec<Ability>,
     /// Which transport reaches a peer, as its first segment said, and the link that it was shown on.
     paths: HashMap<Incarnation, (usize, LinkId)>,
     waiting: VecDeque<Waiting>,
@@ -125,11 +127,17 @@ pub(super) struct Pushes {
 }
 
 impl Pushes {
-    pub(super) fn new(layout: KvLayout, registered: Registered, ways: Vec<Way>) -> Self {
+    pub(super) fn new(
+        layout: KvLayout,
+        registered: Registered,
+        ways: Vec<Way>,
+        unable: Vec<Ability>,
+    ) -> Self {
         Self {
             layout,
             registered,
             ways,
+            unable,
             paths: HashMap::new(),
             waiting: VecDeque::new(),
             probes: HashMap::new(),
@@ -283,7 +291,15 @@ impl Pushes {
     /// What each of the transports says of itself.
     pub(super) fn abilities(&self) -> Vec<Ability> {
         let ways = self.ways.iter().map(Way::get);
-        ways.map(|way| Ability { path: way.name().as_str().into(), able: way.ability() }).collect()
+        ways.map(|way| Ability { path: way.name().as_str().into(), able: way.ability() })
+            .chain(self.unable.iter().cloned())
+            .collect()
+    }
+
+    /// Which of its ways the path to a peer takes; see [`Transport::lanes`].
+    pub(super) fn lanes(&self, peer: Incarnation) -> Option<String> {
+        let &(index, _) = self.paths.get(&peer)?;
+        self.ways[index].get().lanes(peer)
     }
 
     /// What the thread has to wait for beside its own sockets.

@@ -8,6 +8,7 @@
 //! | [`Shm`] | processes of this host | the same, into their memfds |
 //! | [`CudaIpc`] | GPUs of this host | copies of this GPU, into theirs |
 //! | [`Tcp`] | any host | sends to a [`TcpTarget`], which stores what its owner gave leave for |
+//! | [`Ucx`] | hosts with RDMA | puts into the memory of a [`UcxTarget`], which takes no part |
 
 pub mod cuda_ipc;
 pub mod fault;
@@ -17,6 +18,8 @@ mod overlap;
 pub mod shm;
 pub mod target;
 pub mod tcp;
+pub mod ucx;
+mod watch;
 
 use kvxfer_core::path::PathName;
 use kvxfer_core::{ErrorKind, Result};
@@ -28,6 +31,7 @@ pub use mapped::{Attach, Mapped};
 pub use shm::Shm;
 pub use target::Target;
 pub use tcp::{Tcp, TcpTarget};
+pub use ucx::{Ucx, UcxTarget};
 
 /// Version of the blobs below.
 const BLOB: u8 = 1;

@@ -42,6 +42,15 @@ pub trait Target: Send {
     /// The path.
     fn name(&self) -> PathName;
 
+    /// Whether this end can talk to one with that [ability](Transport::ability). Asked before a path is chosen.
+    ///
+    /// # Errors
+    /// It can't, and why.
+    fn accepts(&self, ability: &[u8]) -> Result<()> {
+        let _ = ability;
+        Ok(())
+    }
+
     /// A writer is about to be shown segments. `ability` is what [its end](Transport::ability) says of itself, `local`
     /// the address of ours that it dialled, if it was one of the network.
     ///
@@ -65,7 +74,8 @@ pub trait Target: Send {
     /// Ends all connections of a writer. When this returns, nothing that it sent or sends is stored any more.
     fn cut_off(&mut self, writer: Incarnation);
 
-    /// Stores up to about `budget` bytes of what has come, each write after `leave` was given. Writers whose
+    /// Stores up to about `budget` bytes of what has come, each write after `leave` was given; where bytes arrive by
+    /// themselves, nobody is there to ask for it. Writers whose
     /// connections broke, or that wrote where they may not, are appended to `lost`: cut off, once.
     fn poll(&mut self, budget: u64, leave: Leave<'_>, lost: &mut Vec<(Incarnation, Error)>);
 
@@ -74,4 +84,10 @@ pub trait Target: Send {
 
     /// Readable when there is something to receive.
     fn event_fd(&self) -> BorrowedFd<'_>;
+
+    /// Which of its ways the path from a writer takes, as [`Transport::lanes`].
+    fn lanes(&self, writer: Incarnation) -> Option<String> {
+        let _ = writer;
+        None
+    }
 }

@@ -163,6 +163,12 @@ impl Worker {
         self.reap();
     }
 
+    /// Whether a connection that was [closed](Self::close) is not over: something of it may still be under way.
+    pub fn closes(&self, endpoint: EndpointId) -> bool {
+        // SAFETY: notes in the list are freed when they leave it.
+        self.closing.iter().any(|&notes| unsafe { &*notes }.id == endpoint)
+    }
+
     /// Destroys keys that no put names any more, and then what is left of closed endpoints that no key needs.
     pub(super) fn reap(&mut self) {
         let ucp = self.context.ucp();

@@ -1,6 +1,7 @@
 //! What the clauses need of a transport: two consumers, memory to write from, a look at the result.
 
 use std::cell::RefCell;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -11,7 +12,10 @@ use kvxfer_cuda::copy;
 use kvxfer_cuda::memory::{HostPool, Regions};
 use kvxfer_cuda::transport::fault::{Fault, Faults};
 use kvxfer_cuda::transport::local::LocalExports;
-use kvxfer_cuda::transport::{Local, Shm, Target, Tcp, TcpTarget, shm};
+use kvxfer_cuda::transport::ucx::Settings;
+use kvxfer_cuda::transport::{Local, Shm, Target, Tcp, TcpTarget, Ucx, UcxTarget, shm};
+
+use crate::common::skip;
 
 use crate::common::network::{A, B, Inside, Network};
 
@@ -121,7 +125,7 @@ impl End for Descriptors {
 /// The one who writes to targets.
 const WRITER: Incarnation = Incarnation([0xAB; 16]);
 
-impl End for RefCell<TcpTarget> {
+impl<T: Target> End for RefCell<T> {
     const BY_ITSELF: bool = true;
 
     fn export(&self, pool: &HostPool, segment: SegmentId) -> Result<SegmentHandle> {
@@ -156,12 +160,8 @@ pub struct HostBench<T, E> {
 
 fn host<T: Transport, E: End>(
     transport: impl FnOnce(Arc<Regions>) -> T,
-    end: impl Fn(Incarnation) -> E,
+    end: impl Fn(&T, Incarnation) -> E,
 ) -> HostBench<T, E> {
-    let consumers = [(); 2].map(|()| {
-        let peer = next_peer();
-        Consumer { peer, pool: HostPool::new(SEGMENTS, BYTES).unwrap(), end: end(peer) }
-    });
     let memory = HostPool::new(REGIONS, BYTES).unwrap();
     let mut regions = Regions::new();
     for id in 0..REGIONS {
@@ -171,6 +171,11 @@ fn host<T: Transport, E: End>(
     }
     let regions = Arc::new(regions);
     let transport = transport(Arc::clone(&regions));
+    let consumers = [(); 2].map(|()| {
+        let peer = next_peer();
+        let end = end(&transport, peer);
+        Consumer { peer, pool: HostPool::new(SEGMENTS, BYTES).unwrap(), end }
+    });
     let mut bench = HostBench { transport, consumers, regions, _memory: vec![memory], _away: None };
     for consumer in 0..2 {
         for segment in 0..SEGMENTS {
@@ -183,7 +188,31 @@ fn host<T: Transport, E: End>(
 pub fn tcp() -> Option<impl Bench> {
     Some(host(
         |regions| Tcp::new(WRITER, regions).unwrap(),
-        |peer| RefCell::new(TcpTarget::bind(peer, "127.0.0.1", 0, 3).unwrap()),
+        |_, peer| RefCell::new(TcpTarget::bind(peer, "127.0.0.1", 0, 3).unwrap()),
+    ))
+}
+
+/// Over TCP on the device `lo`, where the wheel is.
+pub fn ucx() -> Option<impl Bench> {
+    let Some(wheel) = std::env::var_os("KVXFER_TEST_UCX") else {
+        skip("KVXFER_TEST_UCX=$(env/ucx) is not set");
+        return None;
+    };
+    let library = PathBuf::from(wheel).join("lib");
+    let settings = Settings {
+        library: Some(&library),
+        devices: Some("lo"),
+        trust: true,
+        ..Settings::default()
+    };
+    let context = settings.start().unwrap();
+    Some(host(
+        |regions| Ucx::new(&context, regions).unwrap(),
+        |ucx, _| {
+            let mut target = UcxTarget::new(Arc::clone(&context)).unwrap();
+            target.welcome(WRITER, &ucx.ability().unwrap(), None).unwrap();
+            RefCell::new(target)
+        },
     ))
 }
 
@@ -193,7 +222,7 @@ pub fn tcp_between_hosts() -> Option<impl Bench> {
     let away = network.enter(B);
     let mut bench = host(
         |regions| Tcp::new(WRITER, regions).unwrap(),
-        |peer| {
+        |_, peer| {
             let bind = || TcpTarget::bind(peer, Network::HOSTS[A], 0, 3).unwrap();
             RefCell::new(network.inside(A, bind))
         },
@@ -203,11 +232,11 @@ pub fn tcp_between_hosts() -> Option<impl Bench> {
 }
 
 pub fn local() -> Option<impl Bench> {
-    Some(host(Local::new, LocalExports::new))
+    Some(host(Local::new, |_, peer| LocalExports::new(peer)))
 }
 
 pub fn shm() -> Option<impl Bench> {
-    Some(host(Shm::new, |_| Descriptors))
+    Some(host(Shm::new, |_, _| Descriptors))
 }
 
 pub fn faultless() -> Option<impl Bench> {
@@ -215,7 +244,7 @@ pub fn faultless() -> Option<impl Bench> {
 }
 
 pub fn faulty(faults: Faults) -> impl Bench {
-    host(|regions| Fault::new(Shm::new(regions), faults), |_| Descriptors)
+    host(|regions| Fault::new(Shm::new(regions), faults), |_, _| Descriptors)
 }
 
 impl<T: Transport, E: End> Bench for HostBench<T, E> {

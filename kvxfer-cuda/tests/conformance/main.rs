@@ -55,6 +55,8 @@ conformance!(fault, super::bench::faultless(), a_small_budget_moves_a_little_and
 conformance!(tcp, super::bench::tcp());
 // Only where network namespaces can be made.
 conformance!(tcp_between_hosts, super::bench::tcp_between_hosts());
+// Only where the wheel is.
+conformance!(ucx, super::bench::ucx());
 // Only where there is a driver, or a stand-in for one.
 conformance!(cuda_ipc, super::cuda::posix_fd());
 conformance!(cuda_ipc_fabric, super::cuda::fabric());

@@ -137,7 +137,7 @@ fn retried(mut call: impl FnMut() -> isize) -> io::Result<u64> {
 }
 
 /// The checksum of part of a region; see [`sum_of`].
-pub(super) fn sum(
+pub(in crate::transport) fn sum(
     regions: &Regions,
     region: RegionId,
     offset: u64,

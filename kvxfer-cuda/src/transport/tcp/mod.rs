@@ -53,12 +53,12 @@ mod stream;
 mod target;
 #[cfg(test)]
 mod tests;
-mod watch;
 
 use std::time::Duration;
 
 use kvxfer_core::path::PathName;
 
+pub(super) use io::sum;
 pub use sender::Tcp;
 pub use target::TcpTarget;
 

@@ -11,8 +11,8 @@ use super::blob::Blob;
 use super::frame::{Opening, Token};
 use super::queue::{Piece, Queue, Queued};
 use super::stream::{Phase, Stream};
-use super::watch::Watch;
 use crate::memory::{Regions, inside};
+use crate::transport::watch::Watch;
 
 /// Bits of a token that are the stream's number; the others are the peer's.
 const STREAM_BITS: u32 = 8;

@@ -11,9 +11,9 @@ use rustix::net::{RecvFlags, SendFlags};
 use super::frame::{Ack, Head, SPANS, Span, wrong};
 use super::io::Scatter;
 use super::socket;
-use super::watch::Interest;
 use crate::memory::Mapping;
 use crate::transport::target::{Incoming, Leave};
+use crate::transport::watch::Interest;
 
 /// Bytes of a turn: of a call, mostly.
 const TURN: u64 = 512 << 10;

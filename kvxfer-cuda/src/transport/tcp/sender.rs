@@ -13,11 +13,11 @@ use super::blob::Blob;
 use super::peer::{Peer, Segment, peer_and_stream, token};
 use super::queue::{Queue, Queued};
 use super::stream::{Phase, Stream, Turn, unreachable};
-use super::watch::{ALARM, Ready, Watch};
 use super::{NAME, OPEN};
 use crate::memory::Regions;
 use crate::transport::mapped::{POSTS, WRITES, full};
 use crate::transport::overlap::Overlap;
+use crate::transport::watch::{ALARM, Ready, Watch};
 
 /// Sends to [`TcpTarget`](super::TcpTarget)s. The caller's thread does all of it, in [`Transport::poll`].
 pub struct Tcp {

@@ -15,8 +15,8 @@ use super::frame::{Ack, Answer, Head, Opening, SPANS, Span, wrong};
 use super::io::{Gather, sum};
 use super::queue::{Queue, Queued};
 use super::socket;
-use super::watch::Interest;
 use crate::memory::Regions;
+use crate::transport::watch::Interest;
 
 /// Bytes of a turn: of a call, mostly. Small enough that they are still in the cache when the kernel copies what was
 /// summed.

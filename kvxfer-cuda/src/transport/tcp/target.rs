@@ -15,11 +15,11 @@ use rustix::net::{RecvFlags, SendFlags};
 use super::blob::{Blob, STREAMS};
 use super::frame::{Answer, MAGIC, Opening, Token};
 use super::receive::{Export, Exports, Receive, Turn};
-use super::watch::{ALARM, Interest, Ready, Watch};
 use super::{NAME, OPEN, frame, socket};
 use crate::identity;
 use crate::memory::Mapping;
 use crate::transport::target::{Leave, Target};
+use crate::transport::watch::{ALARM, Interest, Ready, Watch};
 
 /// The token of the listening socket.
 const LISTENER: u64 = ALARM - 1;

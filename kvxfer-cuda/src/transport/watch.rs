@@ -1,4 +1,4 @@
-//! Which sockets are ready, and an alarm, behind one descriptor.
+//! Which descriptors are ready, and an alarm, behind one descriptor.
 
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -65,6 +65,12 @@ impl Watch {
             .map_err(failed)
     }
 
+    /// For what may stay open elsewhere when it is closed here: in a child process, say.
+    pub(super) fn remove(&self, fd: impl AsFd) {
+        // It fails where there is nothing to remove.
+        let _ = epoll::delete(&self.epoll, fd);
+    }
+
     /// Replaces `ready` by what is ready now.
     pub(super) fn look(&self, ready: &mut Vec<Ready>) {
         ready.clear();
@@ -111,5 +117,5 @@ fn flags(interest: Interest) -> epoll::EventFlags {
 }
 
 fn failed(errno: Errno) -> kvxfer_core::Error {
-    ErrorKind::Io.error(format!("tcp: sockets can't be watched: {errno}"))
+    ErrorKind::Io.error(format!("descriptors can't be watched: {errno}"))
 }
