@@ -63,6 +63,7 @@ conformance: ## every transport held to one contract: local, shm, tcp, ucx, and 
 	@$(call say,conformance: building)
 	cargo build --workspace --features kvxfer-cuda/faults --locked --bin conformance --test conformance
 	folder=$$(kvxfer-cuda/standin/build)
+	export KVXFER_TEST_UCX=$$(env/ucx)
 	$(call say,conformance: each transport)
 	target/debug/conformance "$$folder"
 

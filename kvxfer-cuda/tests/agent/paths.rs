@@ -63,10 +63,14 @@ fn both_sides_know_the_path_and_why_not_a_better_one_and_how_fast_its_first_byte
 mod faults {
     use std::time::{Duration, Instant};
 
+    use std::path::PathBuf;
+
+    use kvxfer_core::ErrorKind;
     use kvxfer_core::path::PathName;
-    use kvxfer_cuda::Role;
+    use kvxfer_cuda::{Agent, AgentConfig, Role};
 
     use super::{path, serves};
+    use crate::common::{libucp, skip};
     use crate::engine::{Engine, PATIENCE, config};
     use crate::logs::{self, lines};
     use crate::{blocks, prompt, tempdir};
@@ -137,5 +141,76 @@ mod faults {
             assert!(!said.is_empty(), "{path}");
         }
         serves(&mut prefill, &mut decode, 1, "tcp");
+    }
+
+    /// A pair that sees no better path than ucx, and takes it from that library.
+    fn far(library: PathBuf, more: impl Fn(&mut AgentConfig)) -> [Engine; 2] {
+        let dir = tempdir::TempDir::new();
+        let make = |role| {
+            let mut config = config(role, dir.path());
+            config.allow_insecure = true;
+            config.ucx_library = Some(library.clone());
+            config.ucx_devices = Some("lo".into());
+            config.trust_ucx_peers = true;
+            more(&mut config);
+            config
+        };
+        let mut consumer = make(Role::Consumer);
+        consumer.boot_id = Some([7; 16]);
+        let decode = Engine::start(consumer);
+        let mut producer = make(Role::Producer);
+        producer.peers = vec![decode.tcp()];
+        [Engine::start(producer), decode]
+    }
+
+    /// In one test, for a process has one UCX.
+    #[test]
+    fn ucx_is_taken_where_it_can_be_had_and_missing_it_is_no_failure_unless_it_is_required() {
+        let old = libucp::of_version("agent-old", 10);
+        for (library, why) in
+            [("/nowhere.so", "can't be loaded"), (&*old, "is UCX 1.10.2, older than 1.14.0")]
+        {
+            let [mut prefill, mut decode] = far(library.into(), |_| ());
+            serves(&mut prefill, &mut decode, 1, "tcp");
+            let refused = path(&decode).why();
+            let told = refused.contains("ucx: the consumer says: ") && refused.contains(why);
+            assert!(told && refused.contains(library), "{refused}");
+
+            for role in [Role::Consumer, Role::Producer] {
+                let dir = tempdir::TempDir::new();
+                let mut config = config(role, dir.path());
+                config.peers = vec![decode.tcp()];
+                config.ucx_library = Some(library.into());
+                config.require_path = Some(PathName::Ucx);
+                let error = Agent::start(config).map(|_| ()).unwrap_err();
+                let text = error.to_string();
+                assert!(text.contains("ucx is required and can't be had"), "{text}");
+                assert!(text.contains(why) && error.kind() != ErrorKind::Io, "{text}");
+            }
+        }
+
+        let Some(wheel) = std::env::var_os("KVXFER_TEST_UCX") else {
+            return skip("KVXFER_TEST_UCX=$(env/ucx) is not set");
+        };
+        let library = PathBuf::from(wheel).join("lib");
+        for required in [None, Some(PathName::Ucx)] {
+            let [mut prefill, mut decode] =
+                far(library.clone(), |config| config.require_path = required);
+            serves(&mut prefill, &mut decode, 1, "ucx (tcp/lo)");
+            for side in [&prefill, &decode] {
+                assert_eq!(path(side).label(), "ucx (tcp/lo)");
+            }
+        }
+        // Where there is RDMA, it is taken.
+        if !std::fs::exists("/sys/class/infiniband").unwrap() {
+            let [mut prefill, mut decode] = far(library, |config| config.trust_ucx_peers = false);
+            serves(&mut prefill, &mut decode, 1, "tcp");
+            let why = path(&decode).why();
+            let reason = "has no RDMA here; tcp is as good without (trust_ucx_peers lets it use what it has)";
+            assert!(
+                why.contains("ucx: the consumer says: UCX 1.") && why.contains(reason),
+                "{why}"
+            );
+        }
     }
 }

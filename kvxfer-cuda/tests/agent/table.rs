@@ -72,10 +72,10 @@ const SITUATIONS: &[Situation] = &[
     },
     Situation { name: "two hosts", consumer: two_hosts, producer: insecure, folder: keep },
     Situation {
-        name: "two hosts, `require_path` = ucx at the consumer",
+        name: "two hosts, `require_path` = shm at the consumer",
         consumer: |config| {
             two_hosts(config);
-            config.require_path = Some(PathName::Ucx);
+            config.require_path = Some(PathName::Shm);
         },
         producer: insecure,
         folder: keep,
@@ -106,6 +106,9 @@ fn outcome(at: usize, situation: &Situation) -> (String, String) {
     // Each side knows the other by its name in the log.
     let mut consumer = config(Role::Consumer, dir.path());
     consumer.name = format!("decode of situation {at}.");
+    // Not whichever this machine has.
+    let no_ucx = Some("/nowhere/libucp.so.0".into());
+    consumer.ucx_library.clone_from(&no_ucx);
     (situation.consumer)(&mut consumer);
     let decode = Engine::start(consumer);
     (situation.folder)(dir.path());
@@ -113,6 +116,7 @@ fn outcome(at: usize, situation: &Situation) -> (String, String) {
     let mut producer = config(Role::Producer, elsewhere.path());
     producer.name = format!("prefill of situation {at}.");
     producer.peers = vec![decode.tcp()];
+    producer.ucx_library = no_ucx;
     (situation.producer)(&mut producer);
     let prefill = Engine::start(producer);
 
@@ -190,7 +194,8 @@ A path that breaks is proved again with the next connection. If it fails a secon
 set, the next best one is taken, with a line at level WARN; without `failover` the two stay apart and say so.
 
 Made by the test `table::the_table_is_as_committed`, from pairs of agents that were in that situation or (hosts, processes)
-took themselves to be; `KVXFER_WRITE=1` has it written.
+took themselves to be; `KVXFER_WRITE=1` has it written. Neither side has UCX there. Where `require_path` = ucx and UCX can't be
+had, an agent does not start, and says why.
 
 | situation | path | why nothing better, or nothing at all |
 |---|---|---|

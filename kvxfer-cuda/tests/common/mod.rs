@@ -7,6 +7,7 @@
     reason = "a test has no users, and none needs all of it"
 )]
 
+pub mod libucp;
 pub mod network;
 pub mod noise;
 mod peer;

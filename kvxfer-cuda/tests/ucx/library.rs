@@ -1,11 +1,11 @@
 //! Finding the library, or saying why not. What is loaded stays, so each is a process of its own.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::{env, fs};
 
 use kvxfer_cuda::ucx::Library;
 
+use crate::common::libucp::{library, of_version};
 use crate::harness::*;
 
 /// What a child does before it opens a library: nothing, or loads another copy.
@@ -45,26 +45,6 @@ fn opened_with_signals(variables: &[(&str, &str)]) -> (String, String) {
     let said = (peer.wire.hear(), peer.wire.hear());
     peer.succeeds();
     said
-}
-
-/// A library with these lines of C in it.
-fn library(folder: &str, source: &str) -> String {
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(folder);
-    fs::create_dir_all(&folder).unwrap();
-    let (text, library) = (folder.join("libucp.c"), folder.join("libucp.so.0"));
-    fs::write(&text, source).unwrap();
-    let compiler = env::var("CC").unwrap_or_else(|_| "cc".into());
-    let made =
-        Command::new(compiler).args(["-shared", "-fPIC", "-o"]).args([&library, &text]).status();
-    assert!(made.unwrap().success());
-    library.to_str().unwrap().to_owned()
-}
-
-fn of_version(folder: &str, minor: u32) -> String {
-    let source = format!(
-        "void ucp_get_version(unsigned *a, unsigned *b, unsigned *c) {{ *a = 1; *b = {minor}; *c = 2; }}"
-    );
-    library(folder, &source)
 }
 
 #[track_caller]

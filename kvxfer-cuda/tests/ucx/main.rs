@@ -10,6 +10,7 @@ mod harness;
 mod library;
 mod pair;
 mod processes;
+mod transport;
 
 use common::parent;
 

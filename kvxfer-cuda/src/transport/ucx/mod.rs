@@ -67,13 +67,18 @@ impl Settings<'_> {
     /// There is none, or none that will do; `NoPath`: there is no RDMA here, and TCP is not trusted.
     pub fn start(&self) -> Result<Arc<Context>> {
         let library = Library::open(self.library, self.wheel)?;
-        if !self.trust && !has_rdma() {
-            let version = library.version();
-            return Err(ErrorKind::NoPath.error(format!(
-                "UCX {version} has no RDMA here; tcp is as good without (trust_ucx_peers lets it use what it has)"
-            )));
-        }
-        let transports = if self.trust { format!("{RDMA},tcp") } else { RDMA.into() };
+        // UCX is not asked: it would log an ERROR where it finds nothing.
+        let transports = match (has_rdma(), self.trust) {
+            (true, true) => format!("{RDMA},tcp"),
+            (true, false) => RDMA.into(),
+            (false, true) => "tcp".into(),
+            (false, false) => {
+                let version = library.version();
+                return Err(ErrorKind::NoPath.error(format!(
+                    "UCX {version} has no RDMA here; tcp is as good without (trust_ucx_peers lets it use what it has)"
+                )));
+            }
+        };
         let options = Options {
             transports: Some(transports),
             devices: self.devices.map(str::to_owned),
@@ -83,7 +88,6 @@ impl Settings<'_> {
     }
 }
 
-/// Asked before UCX is, which has an ERROR to log where there is none.
 fn has_rdma() -> bool {
     std::fs::read_dir("/sys/class/infiniband").is_ok_and(|mut devices| devices.next().is_some())
 }
