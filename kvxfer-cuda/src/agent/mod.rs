@@ -247,13 +247,17 @@ impl Agent {
     fn ask<T>(&self, question: impl FnOnce(Sender<T>) -> Command) -> Result<T> {
         let (reply, answer) = bounded(1);
         self.command(question(reply))?;
-        answer.recv_timeout(STUCK).map_err(|_| closed())
+        answer.recv_timeout(STUCK).map_err(|error| match error {
+            RecvTimeoutError::Timeout => ErrorKind::Timeout
+                .error(format!("the progress thread did not answer within {STUCK:?}")),
+            RecvTimeoutError::Disconnected => closed(),
+        })
     }
 
     /// Registers the engine's KV memory, one entry a layer, groups in order; once. Dials the peers.
     ///
     /// # Errors
-    /// `Config`: the layers are not those of the layout, or memory was registered before.
+    /// `Config`: the layers are not those of the layout, or memory was registered before. `Timeout`: that is not known.
     ///
     /// # Safety
     /// `blocks * stride` bytes from each address stay readable, and for a consumer writable, until
