@@ -12,7 +12,7 @@ use kvxfer_core::sum::word_key;
 use kvxfer_core::transport::PROBE_BYTES;
 use kvxfer_core::{Error, LoadId, Result, SegmentId};
 
-use super::{Check, Ended, not_arriving};
+use super::{Check, Ended};
 use crate::agent::loads::{Part, Piece, Planned, copied};
 use crate::device::{Copier, DevicePool, DeviceRegions, Done, Fresh, Span};
 use crate::driver::{Event, Mapped};
@@ -197,11 +197,9 @@ impl DeviceStore {
                 }
                 self.settle(place, ended);
             }
-            Task::Check(Check { link, segment, probe, sum, path }) => {
-                let result = result.and_then(|got| match got == sum {
-                    true => Ok(()),
-                    false => Err(not_arriving(path, segment)),
-                });
+            Task::Check(check) => {
+                let Check { link, segment, probe, .. } = check;
+                let result = result.and_then(|got| check.compare(got));
                 ended.push(Ended::Verified { link, segment, probe, result });
             }
             Task::Replace { segment, fresh } => {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use kvxfer_core::transport::PROBE_BYTES;
 use kvxfer_core::{Result, SegmentId};
 
-use super::{Check, not_arriving};
+use super::Check;
 use crate::agent::loads::{Piece, Planned};
 use crate::copy::{Drain, Stores, copy_summed, sum_of};
 use crate::memory::{HostPool, Mapping, Regions};
@@ -59,10 +59,7 @@ impl HostStore {
         let start = self.pool.segment_bytes() - PROBE_BYTES;
         let at = self.pool.segment(check.segment)?.at(start, PROBE_BYTES)?;
         // SAFETY: `at` checked the range.
-        match unsafe { sum_of(at, PROBE_BYTES as usize, check.probe, 0) } == check.sum {
-            true => Ok(()),
-            false => Err(not_arriving(check.path, check.segment)),
-        }
+        check.compare(unsafe { sum_of(at, PROBE_BYTES as usize, check.probe, 0) })
     }
 
     #[cfg(feature = "faults")]

@@ -13,7 +13,7 @@ use kvxfer_core::path::PathName;
 use kvxfer_core::pool::Extent;
 use kvxfer_core::session::Copied;
 use kvxfer_core::transport::SegmentHandle;
-use kvxfer_core::{Error, ErrorKind, Incarnation, LinkId, LoadId, Result, SegmentId};
+use kvxfer_core::{ErrorKind, Incarnation, LinkId, LoadId, Result, SegmentId};
 
 use super::loads::{Piece, Planned};
 use super::register::EngineMemory;
@@ -43,6 +43,27 @@ pub(super) struct Check {
     pub(super) probe: u64,
     pub(super) sum: u64,
     pub(super) path: PathName,
+}
+
+impl Check {
+    /// Whether what is there is what its writer says it wrote.
+    fn compare(&self, sum: u64) -> Result<()> {
+        let &Self { path, segment, .. } = self;
+        if sum == self.sum {
+            return Ok(());
+        }
+        let error = ErrorKind::NoPath.error(format!(
+            "what the producer writes to segment {segment} by {path} does not arrive"
+        ));
+        Err(match path {
+        PathName::CudaIpc => error.fix(
+            "an IOMMU or PCIe access control may drop writes between the GPUs: turn them off (iommu=pt, ACS), or set \
+             kv_buffer_device to cpu",
+        ),
+        PathName::Local | PathName::Shm => error.fix("memory is not shared as it should be: report this"),
+        PathName::Ucx | PathName::Tcp => error.fix("what is between the hosts loses or changes bytes: report this"),
+    })
+    }
 }
 
 pub(super) enum Store {
@@ -199,18 +220,5 @@ impl Store {
             Self::Host(store) => store.flip(extent.segment, offset),
             Self::Device(store) => store.flip(extent.segment, offset),
         }
-    }
-}
-
-fn not_arriving(path: PathName, segment: SegmentId) -> Error {
-    let error = ErrorKind::NoPath
-        .error(format!("what the producer writes to segment {segment} by {path} does not arrive"));
-    match path {
-        PathName::CudaIpc => error.fix(
-            "an IOMMU or PCIe access control may drop writes between the GPUs: turn them off (iommu=pt, ACS), or set \
-             kv_buffer_device to cpu",
-        ),
-        PathName::Local | PathName::Shm => error.fix("memory is not shared as it should be: report this"),
-        PathName::Ucx | PathName::Tcp => error.fix("what is between the hosts loses or changes bytes: report this"),
     }
 }
