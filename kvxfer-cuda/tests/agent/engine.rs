@@ -186,12 +186,17 @@ impl Engine {
 
     /// Whether these blocks hold the prompt's KV.
     pub(crate) fn holds(&mut self, tokens: &[u32], blocks: &[BlockId]) -> bool {
+        self.holds_from(0, tokens, blocks)
+    }
+
+    /// The same, from the prompt's `first` block on.
+    pub(crate) fn holds_from(&mut self, first: usize, tokens: &[u32], blocks: &[BlockId]) -> bool {
         (0..LAYERS).all(|layer| {
             blocks.iter().enumerate().all(|(at, &block)| {
                 self.words(layer, block)
                     .iter()
                     .enumerate()
-                    .all(|(word, &value)| value == Self::kv(tokens, layer, at, word))
+                    .all(|(word, &value)| value == Self::kv(tokens, layer, first + at, word))
             })
         })
     }

@@ -114,6 +114,25 @@ fn what_nobody_offers_is_missing_after_one_question() {
     pair.decode.until_claimed(claim, Next::Missing);
 }
 
+/// An engine that has the first chunk in a cache of its own.
+#[test]
+fn a_load_begins_with_the_chunk_it_names() {
+    let mut pair = pair(|_| {});
+    let prompt = prompt(1, 150);
+    let mut to = blocks(&prompt, 11);
+    pair.prefill.prefill(&prompt, &blocks(&prompt, 7));
+    let claim = pair.decode.claim(&prompt);
+    pair.decode.until_claimed(claim, Next::Done);
+    pair.decode.poison();
+    let own = to.drain(..4).collect::<Vec<_>>();
+    let request = LoadRequest { load: LoadId(1), claim, first_chunk: 1, chunks: 2 };
+    pair.decode.agent.load(request, vec![to.clone()]).unwrap();
+    let loaded = pair.decode.until_loaded(LoadId(1));
+    assert_eq!((loaded.result, loaded.tokens), (Ok(()), 86));
+    assert!(pair.decode.holds_from(4, &prompt, &to));
+    assert!(!pair.decode.holds(&prompt, &own), "the first chunk was left alone");
+}
+
 #[test]
 fn a_load_of_what_is_not_claimed_fails_once() {
     let mut pair = pair(|_| {});

@@ -98,6 +98,49 @@ fn blocks_that_are_not_wanted_stay_as_they_are_and_are_verified() {
     assert!(get(&device, ptr, BLOCK_BYTES as usize).iter().all(|&byte| byte == 0xEE));
 }
 
+/// What of a load can be copied is copied; the load is as its worst chunk all the same.
+#[test]
+fn a_load_into_blocks_that_are_not_there_fails() {
+    let device = device!();
+    let mut pair = pair(&device, |_| {});
+    let prompt = prompt(7, 128);
+    for at in [0, 7] {
+        let mut to = blocks(&prompt, 11);
+        to[at] = BLOCKS;
+        let claim = pair.pushed_and_claimed(&prompt);
+        let error = pair.decode.load(claim, &prompt, &to).result.unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::OutOfBounds, "{error}");
+    }
+    pair.decode.until_empty();
+}
+
+/// 48 copies each, and 4096 are taken at a time.
+#[test]
+fn loads_for_which_there_is_no_room_yet_wait() {
+    let device = device!();
+    let mut pair = pair(&device, |_| {});
+    let prompt = prompt(7, 1024);
+    let to = blocks(&prompt, 11);
+    let last = pair.pushed_and_claimed(&prompt);
+    let claims: Vec<_> = (0..100).map(|_| pair.decode.claim(&prompt)).collect();
+    let gate = Gate::before(&pair.decode.stream);
+    for claim in claims {
+        pair.decode.until_claimed(claim, Next::Done);
+        pair.decode.begin_load(claim, &prompt, &vec![NO_BLOCK; to.len()]);
+    }
+    pair.decode.begin_load(last, &prompt, &to);
+    pair.decode.agent.stats().unwrap();
+    gate.open();
+    let mut loaded = Vec::new();
+    pair.decode.until(|engine| {
+        engine.agent.poll(&mut loaded);
+        (loaded.len() == 101).then_some(())
+    });
+    assert!(loaded.iter().all(|load| load.result == Ok(())), "{loaded:?}");
+    assert!(pair.decode.holds(&prompt, &to));
+    pair.decode.until_empty();
+}
+
 /// An engine that overwrites blocks without having heard that they are not read any more.
 #[test]
 fn blocks_are_written_to_again_only_after_the_reads_that_began_and_the_others_never_begin() {
@@ -153,6 +196,44 @@ fn what_was_not_started_is_voided_for_good() {
         matches!(status.next, Next::Done | Next::Lost | Next::Missing).then_some(())
     });
     drain(&other);
+}
+
+/// A probe that waits behind what the engine has voided is no read of the engine's blocks: it is sent all the same.
+#[test]
+fn a_probe_outlives_what_is_voided() {
+    let device = device!();
+    // A segment has room for four chunks, whose launches are at least as many as there can be.
+    let pair = pair(&device, |config| {
+        config.buffer_size = 32 * u64::from(BLOCK_BYTES) * LAYERS as u64;
+    });
+    let gate = Gate::before(&pair.prefill.stream);
+    for seed in 0..5 {
+        let prompt = prompt(seed, 64);
+        let offer = pair.prefill.offer(&prompt);
+        // Of its own: the others' are still read.
+        let from: Vec<_> = (4 * seed..4 * seed + 4).collect();
+        pair.prefill.step(offer, &prompt, &from);
+        let posts = u64::from(seed + 1) * LAYERS as u64;
+        pair.prefill.until(|engine| (engine.agent.stats().unwrap().posts == posts).then_some(()));
+    }
+    // The fifth chunk's segment is the second one, whose probe came before its posts.
+    let other = device.stream(Priority::Default).unwrap();
+    // SAFETY: the stream lives to the end of this test.
+    let engine = unsafe { pair.prefill.agent.engine_stream(other.handle()) }.unwrap();
+    pair.prefill.agent.reads_done_on(&engine).unwrap();
+    gate.open();
+    let ended = pair.prefill.until(|engine| {
+        let stats = engine.agent.stats().unwrap().producer;
+        (stats.committed + stats.skipped == 5).then_some(stats)
+    });
+    assert!(ended.failed_posts >= LAYERS as u64, "the fifth, at least, was voided: {ended:?}");
+    drain(&other);
+    // The first segment is full.
+    for seed in 5..8 {
+        pair.pushed_and_claimed(&prompt(seed, 64));
+    }
+    // Nor was the link given up, which takes back what was granted by it.
+    assert_eq!(pair.decode.agent.stats().unwrap().consumer.revoked, 0);
 }
 
 #[test]

@@ -192,6 +192,53 @@ fn memory_that_was_replaced_under_a_stopped_producer_is_free_when_it_is_dead() {
     decode.until(|_| (free() > before).then_some(()));
 }
 
+/// A load that reads the old memory when it is replaced is not disturbed, and one that comes later finds all of it in
+/// the fresh memory.
+#[test]
+fn what_was_committed_outlives_its_writer_and_its_memory() {
+    let device = device!();
+    let folder = Folder::new();
+    let mut consumer = config(Role::Consumer, &folder.0);
+    consumer.segments = 1;
+    let mut decode = Engine::start(&device, consumer);
+    let mut peer = prefill(&decode, &folder);
+    peer.wire.say("go 1");
+    assert_eq!(peer.wire.hear(), "computed");
+    let text = prompt(1, 500);
+    let claims = [(); 3].map(|()| decode.claim(&text));
+    for claim in claims {
+        decode.until_claimed(claim, Next::Done);
+    }
+    assert_eq!(peer.wire.hear(), "pushed");
+    peer.wire.say("hold 2");
+    assert_eq!(peer.wire.hear(), "computed");
+    let lost = decode.claim(&prompt(2, 500));
+    decode.until_claimed(lost, Next::Writing);
+
+    let gate = Gate::before(&decode.stream);
+    let [first, second] = [0, 32].map(|from| (from..from + 32).collect::<Vec<_>>());
+    decode.begin_load(claims[0], &text, &first);
+    peer.kill();
+    // The copies into fresh memory are queued behind the first load, and the second load behind them.
+    decode.until(|engine| {
+        (engine.agent.stats().unwrap().consumer.replaced_segments == 1).then_some(())
+    });
+    decode.begin_load(claims[1], &text, &second);
+    decode.agent.stats().unwrap();
+    gate.open();
+    let mut loaded = Vec::new();
+    decode.until(|engine| {
+        engine.agent.poll(&mut loaded);
+        (loaded.len() == 2).then_some(())
+    });
+    assert!(loaded.iter().all(|load| load.result == Ok(())), "{loaded:?}");
+    assert!(decode.holds(&text, &first) && decode.holds(&text, &second));
+    decode.poison();
+    assert_eq!(decode.load(claims[2], &text, &first).result, Ok(()));
+    assert!(decode.holds(&text, &first));
+    decode.until_empty();
+}
+
 /// A GPU that fails takes nobody down: loads and pushes end with errors, and agents close.
 #[test]
 fn a_device_that_fails_fails_its_loads_and_pushes_and_nothing_else() {
