@@ -6,9 +6,6 @@ use serde::{Serialize, Serializer};
 use super::finding::{Finding, State};
 use super::peer::Judged;
 
-/// What this release does not have.
-const NOT_YET: &[PathName] = &[PathName::Ucx];
-
 /// Whether a path can be had.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Verdict {
@@ -42,9 +39,6 @@ pub(super) fn verdicts(
     let verdict = |path: PathName| {
         let blocking = findings.iter().find(|finding| finding.blocks(path));
         let refused = match (blocking, peer) {
-            _ if NOT_YET.contains(&path) => {
-                Some(("this release of kvxfer does not have it yet".to_owned(), None))
-            }
             (Some(finding), _) => Some((finding.detail.clone(), finding.fix.clone())),
             (None, Some(judged)) => judged.why_not(path).map(|why| (why, None)),
             (None, None) => None,

@@ -24,7 +24,10 @@ fn a_healthy_machine_has_nothing_to_fix() {
     assert!(report.ok);
     let can: Vec<_> = report.paths.iter().filter(|verdict| verdict.is_ok()).collect();
     let can: Vec<_> = can.iter().map(|verdict| verdict.path).collect();
-    assert_eq!(can, [PathName::CudaIpc, PathName::Local, PathName::Shm, PathName::Tcp]);
+    assert_eq!(
+        can,
+        [PathName::CudaIpc, PathName::Local, PathName::Shm, PathName::Ucx, PathName::Tcp]
+    );
 }
 
 #[test]
