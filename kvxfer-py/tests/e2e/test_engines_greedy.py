@@ -86,8 +86,10 @@ def test_two_equal_prompts_in_one_step(pair: Pair, prompt: Prompt) -> None:
 
 
 def test_a_shared_prefix_is_not_sent_twice(pair: Pair, prompt: Prompt) -> None:
-    first = prompt(512 + 40, 31)
-    second = first[:512] + prompt(200, 32)
+    # Prefill computes 200 rows where the single engine has 199 and one. In bfloat16 that may turn a
+    # near tie: with seed 31 it does on an AMD EPYC, and not on an Intel Xeon. This one is none.
+    first = prompt(512 + 40, 33)
+    second = first[:512] + prompt(200, 34)
     single = pair.single([first, second], NEW)
     got = pair.through([first], NEW)
     assert got.copied_bytes == pair.block_bytes(len(first))
